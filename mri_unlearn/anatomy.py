@@ -414,7 +414,7 @@ def paint_bones(sub, w, f, m, m2, low, trab):
         inner = f[b] - (.8 + .25*m + (2.6*np.clip((np.abs(f['z'] - 4) - 34)/40, 0, 1) if scar < 80 else .4))
         w.add('bone', np.minimum(inner, .25 - np.abs(f['z'] - scar - 3*low)), 1.2)
         w.add('edema', np.minimum(inner, f['spot'] + 1.5*m), 4.)
-        w.add('bone', np.minimum(inner, .12*m2 - .05 - .8*trab), 1.8)
+        w.add('bone', np.minimum(inner, .12*m2 - .22 - .65*trab), 1.8)
         w.add('red', np.minimum(inner, np.abs(f['z'] - scar) - 16 + 8*(m2 + low + sub.p['red'])), 6.)
         w.add('marrow', inner, .9); w.add('bone', f[b])
 

@@ -169,13 +169,15 @@ def flag(
 
 # %% ../nbs/55_evaluate.ipynb #701f4eed
 class TraceScores(Callback):
-    "Mean PSNR on retain and forget test volumes before and after every round of a fit, in `trace`"
+    "Mean PSNR on retain and forget test volumes before a fit (round 0) and after its rounds, in `trace`"
     order = 80
-    def __init__(self, dl, on_score=None): self.dl, self.on_score, self.trace = dl, on_score, []
-    def score(self, epoch):
+    def __init__(self, dl, rounds=None, on_score=None): # rounds: those to score, default all; on_score: called after each
+        self.dl, self.rounds, self.on_score, self.trace = dl, rounds, on_score, []
+    def score(self, r):
+        if self.rounds is not None and r not in self.rounds: return
         s = evaluate(self.learn.model, self.dl)
-        side = forget_side(s)
+        mean = lambda split: s[s.split == split].psnr.mean()
+        self.trace.append(dict(epoch=r, retain_psnr=mean('retain_test'), forget_psnr=mean(forget_side(s))))
         if self.on_score: self.on_score()
-        self.trace.append(dict(epoch=epoch, retain_psnr=s[s.split == 'retain_test'].psnr.mean(), forget_psnr=s[s.split == side].psnr.mean()))
     def before_fit(self): self.trace = []; self.score(0)
     def after_epoch(self): self.score(self.epoch + 1)

@@ -306,11 +306,11 @@ def _protocol(sub, acquisition, site):
 def _images(k, axes=(-2, -1)):
     return sfft.fftshift(sfft.ifft2(sfft.ifftshift(k, axes), norm='ortho'), axes)
 
-def _scale(clean, left, right, d):
-    "Noiseless k-space brought to fastMRI's size of numbers, and the noise that goes with it"
-    x = np.sqrt((np.abs(_images(clean))**2).sum(1))
-    top = np.percentile(x, 99.7); mean = x[x > .15*top].mean(); gain = np.float32(d['peak']/top)
-    return clean*gain, float(mean*gain/d['snr'])
+def _scale(clean, d):
+    "Factor that brings noiseless k-space to fastMRI's size of numbers, and the standard deviation of the noise that goes with it"
+    x = np.stack([np.sqrt((np.abs(_images(k))**2).sum(0)) for k in clean])     # slice by slice: a large volume must not be held twice
+    top = np.percentile(x, 99.7); gain = np.float32(d['peak']/top)
+    return gain, float(x[x > .15*top].mean()*gain/d['snr'])
 
 def _extras(clean, d, c, plane, where, H, W, h, oversample):
     "Coil maps on the full k-space grid, and the complex object that agrees best with the noiseless coil images"
@@ -347,13 +347,16 @@ def acquire(subject: Subject,    # from `anatomy.subject`
     rows, cols = fine_grid(c, h, w, W)
     signals = tissue_signals(site.field_T, **d['seq'])
     where = c.centre*(plane == c.plane) + d['offset'] + (np.arange(slices) - (slices - 1)/2)*(c.thickness + c.gap)
-    clean = np.stack([to_kspace(coil_images(subject, c, site, d, rows, cols, at, 2 if max(recon) < 160 else 3, plane, signals), H, W, oversample)
-                      for at in where])
-    clean *= np.exp(-d['decay']*np.abs(np.arange(W) - W//2)/(W/2)).astype('float32')
+    k = np.empty((slices, coils, H, W), 'complex64')
+    for i, at in enumerate(where):
+        k[i] = to_kspace(coil_images(subject, c, site, d, rows, cols, at, 2 if max(recon) < 160 else 3, plane, signals), H, W, oversample)
+    k *= np.exp(-d['decay']*np.abs(np.arange(W) - W//2)/(W/2)).astype('float32')
+    gain, sigma = _scale(k, d)
+    k *= gain
+    more = _extras(k, d, c, plane, where, H, W, h, oversample) if extras else {}
+    for i in range(slices): k[i] += coil_noise(d['mixing'], k[i].shape, sigma, noise_rng)
     center, maximum, left, right = encoding_limits(W, d['measured'])
-    clean, sigma = _scale(clean, left, right, d)
-    noise = np.stack([coil_noise(d['mixing'], k.shape, sigma, noise_rng) for k in clean])
-    kspace = np.zeros_like(clean); kspace[..., left:right] = (clean + noise)[..., left:right]
+    k[..., :left] = 0; k[..., right:] = 0
     fov = (c.fov*oversample, c.fov/h*W, c.thickness), (c.fov, c.fov/h*w, c.thickness)
-    return Acquisition(kspace, (h, w), fov, d['seq']['tr'], d['seq']['te'], d['seq']['ti'], c.flip, 'Flash' if c.kind == 'gre' else 'TurboSpinEcho',
-                       site.field_T, center, maximum, site, acquisition, _extras(clean, d, c, plane, where, H, W, h, oversample) if extras else {})
+    return Acquisition(k, (h, w), fov, d['seq']['tr'], d['seq']['te'], d['seq']['ti'], c.flip, 'Flash' if c.kind == 'gre' else 'TurboSpinEcho',
+                       site.field_T, center, maximum, site, acquisition, more)

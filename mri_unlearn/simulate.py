@@ -29,8 +29,8 @@ STUDIES = dict(
 ORGANS, FOLDERS = tuple(STUDIES), ('multicoil_train', 'multicoil_val')
 # coils: None leaves each site its own number, as in reality; recon: rows and columns of the image
 PRESETS = dict(
-    tiny=dict(patients=dict(brain=(3, 2), knee=(3, 2)), slices=3, recon=(64, 64), coils=3),
-    small=dict(patients=dict(brain=(10, 5), knee=(11, 5)), slices=8, recon=(96, 96), coils=None),
+    tiny=dict(patients=dict(brain=(3, 2), knee=(3, 2)), slices=3, recon=(64, 64), coils=None),
+    small=dict(patients=dict(brain=(22, 8), knee=(26, 9)), slices=4, recon=(96, 96), coils=None),
     medium=dict(patients=dict(brain=(28, 12), knee=(33, 12)), slices=16, recon=(320, 320), coils=None))
 
 # %% ../nbs/16_simulate.ipynb #9cbddb51

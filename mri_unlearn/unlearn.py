@@ -128,7 +128,7 @@ class NoisyLabels(Callback):
         target = y.target + self.lam*(y.max_value*y.forget)[:, None, None]*noise
         self.learn.yb = tuple(y._replace(target=target))
 
-# %% ../nbs/45_unlearn.ipynb #104a1680
+# %% ../nbs/45_unlearn.ipynb #e9847c91
 @dataclass(frozen=True)
 class Method:
     "An unlearning method: what it needs and how its callbacks are made"
@@ -152,7 +152,7 @@ def method(
         return f
     return register
 
-# %% ../nbs/45_unlearn.ipynb #e9847c91
+# %% ../nbs/45_unlearn.ipynb #3945afba
 @method('retain', all_retain=True)
 def full_ft(): 
     "Fine-tune on the whole retain set"
@@ -178,7 +178,7 @@ def nl(forget_weight=1., lam=.2, seed=0):
     "Descent on the forget set with noisy targets"
     return [NoisyLabels(lam, seed), ForgetDescent(forget_weight)]
 
-# %% ../nbs/45_unlearn.ipynb #3945afba
+# %% ../nbs/45_unlearn.ipynb #0f0ad981
 @method('both')
 def ga_ft(forget_weight=1., retain_weight=1.):
     "Gradient ascent on forget slices, descent on retain slices of the same batch"
@@ -199,7 +199,7 @@ def nl_ft_amortized(forget_weight=(.01, .5, 1.5), retain_weight=1., lam=.2, seed
     "`nl_ft` whose forget term is weighted 0.01, 0.5 and 1.5 in the three thirds of the training"
     return nl_ft(forget_weight, retain_weight, lam, seed)
 
-# %% ../nbs/45_unlearn.ipynb #56f50a10
+# %% ../nbs/45_unlearn.ipynb #ca326909
 def unlearning_pool(
     learn: Learner,         # the Original
     what,                   # ForgetRequest, table with a `split` column, or DataLoaders
@@ -217,7 +217,7 @@ def unlearning_pool(
     if not len(forget): raise DataError("nothing to forget: no volume has split 'forget_train'; check the request")
     return pd.concat([retain_subset(what, retain_fraction, seed), forget])
 
-# %% ../nbs/45_unlearn.ipynb #2ba49a03
+# %% ../nbs/45_unlearn.ipynb #8882f40e
 def unlearning_learner(learn, pool, method, bs, steps, seed, device=None):
     "A Learner for a copy of the network, whose loader holds what `method` may see"
     ds = SliceDataset(pool, learn.dls.train_ds.mask, train=True, seed=seed)
@@ -229,7 +229,7 @@ def unlearning_learner(learn, pool, method, bs, steps, seed, device=None):
     dl = ReconDL(ds, bs=bs, order=BatchPlan(retain, forget, bs, steps, seed), seed=seed, device=device)
     return recon_learner(DataLoaders(dl, learn.dls.valid, device=device), deepcopy(learn.model), loss=learn.loss_func, opt_func=learn.opt_func)
 
-# %% ../nbs/45_unlearn.ipynb #8882f40e
+# %% ../nbs/45_unlearn.ipynb #f6913c51
 def unlearn(
     learn: Learner,              # the Original; is not changed
     what,                        # ForgetRequest, table with `split`, or DataLoaders with forget flags
