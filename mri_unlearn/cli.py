@@ -101,7 +101,7 @@ def do_protocol(a):
     from mri_unlearn.protocol import run_protocol
     out = Path(a.out or Path('runs')/a.preset)
     run_protocol(a.preset, out, a.data, query=a.forget, seed=a.seed, epochs=a.epochs, oracle_seeds=a.oracle_seeds, fraction=a.retain_fraction, methods=a.methods,
-                 rounds=a.rounds, steps=a.steps)
+                 rounds=a.rounds, steps=a.steps, study_fractions=a.study_fractions)
     print((out/'table.md').read_text(encoding='utf-8'))
     print(f'Report: {out/"report.html"}')
 
@@ -180,6 +180,7 @@ def build_parser():
     p.add_argument('--forget', metavar='QUERY', help="what is to be forgotten; default: organ == 'knee'"); p.add_argument('--seed', type=int)
     p.add_argument('--epochs', type=positive); p.add_argument('--oracle-seeds', type=positive)
     p.add_argument('--retain-fraction', type=float); p.add_argument('--methods', nargs='+')
+    p.add_argument('--study-fractions', type=float, nargs='*', help='retain fractions of the study with sub_ft and nl_ft; none: no study')
     p.add_argument('--rounds', type=positive, help='of unlearning; the last one counts'); p.add_argument('--steps', type=positive, help='batches in a round')
     p = sub.add_parser('report', help='write the report of a run again'); p.set_defaults(do=do_report); p.add_argument('run', metavar='DIR')
     for s in sub.choices.values(): s.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='show the traceback of an error')

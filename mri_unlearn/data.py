@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fasttransform import ItemTransform
 
 from .kspace import center_crop, rss
-from .masks import apply_mask, file_seed, mask_func
+from .masks import file_seed, mask_func
 from .volumes import DataError, read_slice, read_target
 
 # %% ../nbs/20_data.ipynb #4e1c7ff0
@@ -87,13 +87,14 @@ def centred_ifft(
 # %% ../nbs/20_data.ipynb #62f40713
 def zero_filled(
     kspace: torch.Tensor, # complex [..., coils, H, W]
-    mask: torch.Tensor,   # bool, broadcast along the columns: [W] or [..., 1, 1, W]
+    mask: torch.Tensor,   # bool [W], True where a column is kept
     size: tuple,          # (rows, cols) of the target
 ): # float [..., rows, cols]
     "Mask, inverse FFT, centre crop, RSS: the image that needs no network"
     h, w = size if kspace.shape[-1] >= size[1] else (kspace.shape[-1],)*2
-    x = centred_ifft(apply_mask(kspace, mask), -2)
-    x = center_crop(x, (h, x.shape[-1]))            # rows that the crop drops need no transform along the columns
+    kept = centred_ifft(kspace[..., mask], -2)
+    x = kspace.new_zeros((*kspace.shape[:-2], h, kspace.shape[-1]))
+    x[..., mask] = center_crop(kept, (h, kept.shape[-1]))
     return rss(center_crop(centred_ifft(x, -1), (h, w)), dim=-3)
 
 # %% ../nbs/20_data.ipynb #f5d4da76
@@ -116,13 +117,9 @@ class ReconTransform(ItemTransform):
         sizes = {tuple(t.shape) for t in targets}
         if len(sizes) > 1: raise DataError(f'slices of one batch have different target sizes {sorted(sizes)}; '
                                            'use a batch size of 1, or load these volumes separately')
-        images = [None]*len(kspaces)
-        for shape in {k.shape for k in kspaces}:           # slices of one shape share their FFT
-            same = [i for i, k in enumerate(kspaces) if k.shape == shape]
-            z = zero_filled(torch.stack([kspaces[i] for i in same]), torch.stack([masks[i] for i in same])[:, None, None], targets[0].shape)
-            for i, image in zip(same, z): images[i] = image
-        x, mean, std = normalise(torch.stack(images))
-        return (x[:, None], torch.stack(list(targets)), mean, std, *rest, torch.stack(images))
+        images = torch.stack([zero_filled(k, m, targets[0].shape) for k, m in zip(kspaces, masks)])
+        x, mean, std = normalise(images)
+        return (x[:, None], torch.stack(list(targets)), mean, std, *rest, images)
 
 # %% ../nbs/20_data.ipynb #8be904fb
 def collate(

@@ -19,7 +19,7 @@ from torch import nn
 
 from .data import Targets
 from .learner import to_image
-from .metrics import psnr, volume_scores
+from .metrics import square_crop, volume_scores
 from .volumes import DataError
 
 # %% ../nbs/55_evaluate.ipynb #a2b4cc08
@@ -67,7 +67,7 @@ def evaluate(
     for r in reconstruct_volumes(model, dl):
         if not r.row['has_target']: raise DataError(f"{r.row['path']}: has no target (reconstruction_rss), so it cannot be scored")
         if images is not None: images[r.row['fname']] = r.image
-        rows.append({'volume': r.row['fname'], **{k: r.row.get(k, '') for k in ABOUT}, 'slices': len(r.image), **volume_scores(r.target, r.image)})
+        rows.append({'volume': r.row['fname'], **{k: r.row.get(k, '') for k in ABOUT}, 'slices': len(r.image), **volume_scores(square_crop(r.target), square_crop(r.image))})
     return pd.DataFrame(rows)
 
 # %% ../nbs/55_evaluate.ipynb #98fd88a8

@@ -48,12 +48,12 @@ class Settings:
     mask: str = 'equispaced'        # family of sampling masks
     center_fraction: float = .08
     acceleration: int = 4
-    chans: int = 16                 # channels of the U-Net's first level
+    chans: int = 8                  # channels of the U-Net's first level
     pools: int = 4                  # its depth
     loss: str = 'l1'                # of all networks and all methods
     epochs: int = 7                 # of Original, Oracle and the network of the forget set
     bs: int = 4
-    lr: float = 3e-3                # peak of the one-cycle schedule
+    lr: float = 5e-3                # peak of the one-cycle schedule
     oracle_seeds: int = 2
     rounds: int = 3                 # of unlearning; the last one is what counts
     steps: int = 7                  # batches in a round
@@ -67,7 +67,7 @@ class Settings:
 
 # %% ../nbs/75_protocol.ipynb #b2dfd732
 PRESETS = {
-    'tiny': Settings(data='tiny', chans=8, pools=3, epochs=25, bs=2, lr=5e-3, oracle_seeds=2, rounds=2, steps=4, fraction=.5,
+    'tiny': Settings(data='tiny', pools=3, epochs=25, bs=2, oracle_seeds=2, rounds=2, steps=4, fraction=.5,
                      methods=('full_ft', 'sub_ft', 'ga', 'nl_ft'), study=('nl_ft',), study_fractions=(1.,)),
     'small': Settings()}
 
@@ -301,8 +301,8 @@ def example_images(run, settings, splits):
     "Figures of a slice: target, zero-filled, and what each network makes of it, with error maps"
     s = settings
     mask = mask_func(s.mask, [s.center_fraction], [s.acceleration])
-    shown = [m for m in ('sub_ft', 'ga_ft', 'nl_ft') if m in s.methods][:2]
-    nets = {'zero-filled': None, 'Original': 'original', 'Oracle': 'oracle_s0', **{m: job_name(m, dict(plan(s))[m] if m not in s.study else s.fraction) for m in shown}}
+    shown = [m for m in ('sub_ft', 'nl_ft', 'ga_ft') if m in s.methods][:2]
+    nets = {'zero-filled': None, 'Original': 'original', 'Oracle': 'oracle_s0', **{m: job_name(m, next(f for n, f in plan(s) if n == m)) for m in shown}}
     for split, rows in picture_volumes(splits).items():
         dl = ReconDL(SliceDataset(rows, mask), bs=s.bs)
         recons = {n: next(iter(reconstruct_volumes(load_unet(run.model(f)) if f else None, dl))) for n, f in nets.items()}
