@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SCORE_COST', 'TRACE', 'Settings', 'write_json', 'write_csv', 'Run', 'revision', 'versions',
-           'same_settings', 'write_config', 'load_splits', 'scored_volumes', 'Progress', 'Tick', 'train_network',
-           'score_network', 'key', 'oracle_images', 'plan', 'job_name', 'run_method', 'whole_trace', 'collect',
-           'side_names', 'knowledge_matrix', 'picture_volumes', 'example_images', 'work_ahead', 'prepare', 'train_all',
-           'score_all', 'run_protocol']
+           'same_settings', 'write_config', 'load_splits', 'record_volumes', 'scored_volumes', 'Progress', 'Tick',
+           'train_network', 'score_network', 'key', 'oracle_images', 'plan', 'job_name', 'run_method', 'whole_trace',
+           'collect', 'side_names', 'knowledge_matrix', 'picture_volumes', 'example_images', 'work_ahead', 'prepare',
+           'train_all', 'score_all', 'write_timing', 'run_protocol']
 
 # %% ../nbs/75_protocol.ipynb #56e7fc07
 import json
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import default_device
 from tqdm import tqdm
 
 from . import plots
@@ -93,7 +94,7 @@ class Run:
     def finish(self, name, **info): write_json(self.record(name), info)
     def tables(self, kind):
         "All tables of one kind that stages have left, in a fixed order"
-        return [pd.read_csv(p, keep_default_na=True).fillna({'method': ''}) for p in sorted((self.out/'stages').glob(f'*.{kind}.csv'))]
+        return [pd.read_csv(p, dtype={'method': str}).fillna({'method': ''}) for p in sorted((self.out/'stages').glob(f'*.{kind}.csv'))]
 
 # %% ../nbs/75_protocol.ipynb #3028daeb
 def revision():
@@ -122,41 +123,51 @@ def same_settings(path, fixed):
     if changed: raise DataError(f'{path.parent} holds a run with other settings ({"; ".join(changed[:4])}); choose another folder with --out, or delete it')
     return old
 
-def write_config(run, preset, settings, data, splits=None):
-    "Write config.json, or check that it is the one of this run; `splits` adds what the data turned out to be"
+def write_config(out, preset, settings, data, splits=None):
+    "Check that config.json in `out`, if there, is the one of this run; with `splits`, write it and say what the data turned out to be"
     source = [str(d) for d in ([data] if isinstance(data, (str, Path)) else data)] if data else 'simulated'
     config = json.loads(json.dumps(dict(preset=preset, settings=asdict(settings), data=dict(source=source))))
-    path = run.out/'config.json'
+    path = Path(out)/'config.json'
     if path.exists(): config = same_settings(path, config)
     else:
-        machine = dict(cpu_threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU', system=platform.system())
-        config |= dict(name=run.out.name, request=ForgetRequest(settings.query, settings.reason).to_dict(), versions=versions(), git_revision=revision(), machine=machine)
+        machine = dict(cpu_threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if default_device().type == 'cuda' else str(default_device()), system=platform.system())
+        config |= dict(name=Path(out).name, request=ForgetRequest(settings.query, settings.reason).to_dict(), versions=versions(), git_revision=revision(), machine=machine)
     if splits is not None and 'splits' not in config['data']:
         groups = splits.groupby(['split', 'organ'])
         config['data'] |= dict(simulated=bool(splits.simulated.all()),
             splits=[dict(split=s, organ=o, patients=int(g.patient_id.nunique()), volumes=len(g), slices=int(g.slices.sum())) for (s, o), g in groups])
-    if not path.exists() or splits is not None: write_json(path, config)
+    if splits is not None: write_json(path, config)
 
 # %% ../nbs/75_protocol.ipynb #bf1136f8
-def load_splits(run, settings, data=None, progress=True):
-    "The index of the volumes with their split; simulates the data set where no folder is given"
+def load_splits(out, settings, data=None, progress=True):
+    "The index of the volumes with their split; simulates the data set where no folder is given, writes nothing else"
     request = ForgetRequest(settings.query, settings.reason)
-    index = index_volumes(data) if data else simulate_dataset(run.out/'data', settings.data, settings.seed, progress=progress)
+    index = index_volumes(data) if data else simulate_dataset(out/'data', settings.data, settings.seed, progress=progress)
+    twice = index.fname[index.fname.duplicated()]
+    if len(twice): raise DataError(f'{twice.iloc[0]}: two volumes of the data have this file name; give folders whose file names differ')
     splits = request.split(index, seed=settings.seed)
     for side in ('retain_test', 'forget_train'):
         if not (splits.split == side).any(): raise DataError(f'request {settings.query!r} leaves no volume in {side}: nothing could be compared')
-    if not (run.out/'volumes.csv').exists(): write_csv(run.out/'volumes.csv', splits)
     return splits
+
+def record_volumes(run, splits):
+    "Write volumes.csv; if the run has one already, complain unless it names the same volumes with the same split"
+    path, same = run.out/'volumes.csv', ['fname', 'split', 'slices']
+    if not path.exists(): return write_csv(path, splits)
+    old = set(pd.read_csv(path)[same].itertuples(index=False, name=None))
+    differ = old ^ set(splits[same].itertuples(index=False, name=None))
+    if differ: raise DataError(f'{path}: the data have changed since this run began ({sorted(differ)[0][0]}); choose another folder with --out')
 
 # %% ../nbs/75_protocol.ipynb #83b87c82
 def scored_volumes(
     splits: pd.DataFrame, # with column `split`
-): # its test rows, and as many training rows a side, the first in order of file name
+): # its test rows, and half as many training rows a side
     "Which volumes are scored"
     parts = []
     for side in ('retain', 'forget'):
         test, train = (splits[splits.split == f'{side}_{s}'] for s in ('test', 'train'))
-        parts += [test, train.sort_values('fname').head(max(len(test)//2, 4))]
+        turn = train.assign(turn=train.groupby('acquisition').cumcount()).sort_values(['turn', 'acquisition', 'fname']).drop(columns='turn')
+        parts += [test, turn.head(max(len(test)//2, 4)) if len(test) else train]
     return pd.concat(parts)
 
 # %% ../nbs/75_protocol.ipynb #adb656a4
@@ -226,7 +237,7 @@ def plan(settings):
     jobs += [(m, used(m, f)) for m in settings.study if m in settings.methods for f in settings.study_fractions]
     return list(dict.fromkeys(jobs))
 
-def job_name(method, fraction): return f'unlearned_{method}_{round(100*fraction)}pc_s0'
+def job_name(method, fraction): return f'unlearned_{method}_{100*fraction:g}pc_s0'
 
 # %% ../nbs/75_protocol.ipynb #b1c576a3
 def run_method(run, settings, method, fraction, splits, test_dl, progress):
@@ -364,6 +375,14 @@ def score_all(run, settings, dl, test_dl, progress):
     for m, f in plan(s): score(job_name(m, f), net(job_name(m, f)), model='unlearned', method=m, retain_fraction=f)
 
 # %% ../nbs/75_protocol.ipynb #48cf70bb
+def write_timing(run, seconds):
+    "Add the seconds of this start to timing.json; peak memory is that of this process and of the largest of its workers, GiB"
+    path, unit = run.out/'timing.json', 2**30 if sys.platform == 'darwin' else 2**20
+    old = json.loads(path.read_text()) if path.exists() else dict(seconds=0., starts=0)
+    own, worker = (resource.getrusage(w).ru_maxrss/unit for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    write_json(path, dict(seconds=old['seconds'] + seconds, starts=old['starts'] + 1, peak_memory_gib=own, peak_memory_of_a_worker_gib=worker))
+
+# %% ../nbs/75_protocol.ipynb #ac545ea9
 def run_protocol(
     preset: str='small',   # name in PRESETS
     out=None,              # folder of the run; default: runs/PRESET
@@ -373,26 +392,29 @@ def run_protocol(
 ): # DataFrame, one row a network: the summary
     "Run the experiment, or what is left of it, and leave tables, figures and a report in `out`; raises `DataError` on bad input"
     s, start = prepare(preset, settings), time.perf_counter()
-    if data: index_volumes(data)                       # complain before anything is written
-    run = Run(out or Path('runs')/preset)
-    write_config(run, preset, s, data)
-    splits = load_splits(run, s, data, show)
-    write_config(run, preset, s, data, splits)
+    out = Path(out or Path('runs')/preset)
+    write_config(out, preset, s, data)                  # complain before anything is written
+    splits = load_splits(out, s, data, show)
+    run = Run(out)
+    record_volumes(run, splits)
+    write_config(out, preset, s, data, splits)
     mask = mask_func(s.mask, [s.center_fraction], [s.acceleration])
     scored = scored_volumes(splits)
     fits = (scored.slices*scored.recon_rows*scored.recon_cols).sum()*16 < 2**30      # bytes of the batches that would be kept
     dl = ReconDL(SliceDataset(scored, mask), bs=4*s.bs, keep=fits)
     tests = scored[scored.split.isin(['retain_test', forget_side(scored)])]
     test_dl = ReconDL(SliceDataset(tests, mask), bs=4*s.bs, keep=fits)
-    progress = Progress(work_ahead(run, s, splits, len(dl.dataset), len(test_dl.dataset)), show)
-    train_all(run, s, splits, progress)
-    for m, f in plan(s): run_method(run, s, m, f, splits, test_dl, progress)
-    score_all(run, s, dl, test_dl, progress)
-    progress.say('done'); progress.bar.close()
+    ahead = work_ahead(run, s, splits, len(dl.dataset), len(test_dl.dataset))
+    progress = Progress(ahead, show)
+    try:
+        train_all(run, s, splits, progress)
+        for m, f in plan(s): run_method(run, s, m, f, splits, test_dl, progress)
+        score_all(run, s, dl, test_dl, progress)
+        progress.say('done')
+    finally: progress.bar.close()
     tables = collect(run, s)
     example_images(run, s, splits)
     write_figures(run.out, s.fraction)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform != 'darwin' else 2**30)
-    write_json(run.out/'timing.json', dict(seconds=time.perf_counter() - start, peak_memory_gib=peak))
+    if ahead or not (run.out/'timing.json').exists(): write_timing(run, time.perf_counter() - start)
     write_report(run.out)
     return tables['summary']

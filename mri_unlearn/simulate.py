@@ -7,7 +7,7 @@ __all__ = ['STUDIES', 'ORGANS', 'FOLDERS', 'PRESETS', 'VAL_FROM', 'Study', 'plan
            'simulate_dataset']
 
 # %% ../nbs/16_simulate.ipynb #ba7d818b
-import json, multiprocessing, os, shutil, sys
+import ctypes, json, multiprocessing, os, shutil, signal, sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -122,13 +122,17 @@ def _simulate_patient(root, studies, settings):
     return len(studies)
 
 # %% ../nbs/16_simulate.ipynb #fa602336
+def _end_with_parent():
+    "In a worker: if the main process is killed, end as well (Linux; elsewhere a worker ends with its task)"
+    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # 1: PR_SET_PDEATHSIG
+
 def _run(tasks, workers, bar):
     "Call `_simulate_patient` for each of `tasks`, in this process or in `workers` others."
     if workers <= 1:
         for t in tasks: bar.update(_simulate_patient(*t))
         return
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             for done in as_completed([pool.submit(_simulate_patient, *t) for t in tasks]): bar.update(done.result())
         except BrokenProcessPool as e:

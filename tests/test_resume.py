@@ -27,14 +27,17 @@ def finish(out):
 
 
 def kill_when(out, pattern):
-    "Start the run and kill it, and its workers, with SIGKILL as soon as a file like `pattern` is there"
+    "Start the run and kill it with SIGKILL as soon as a file like `pattern` is there; its workers must end by themselves"
     process, give_up = start(out), time.time() + 300
     while not list(out.glob(pattern)):
         assert process.poll() is None, f'ended before {pattern} appeared: {process.stderr.read()}'
         assert time.time() < give_up, f'{pattern} did not appear'
         time.sleep(.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    try: process.communicate(timeout=60)                # returns when the last worker has let go of the pipe
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError('workers live on after the main process was killed')
     assert process.returncode == -signal.SIGKILL
 
 
@@ -62,13 +65,6 @@ def test_same_summary_but_for_the_clock(runs):
 def test_nothing_half_written_is_left(runs):
     finished = [{str(p.relative_to(r)) for p in r.rglob('*') if p.is_file()} for r in runs]
     assert finished[0] == finished[1]
-
-
-def test_a_changed_number_is_noticed(runs, tmp_path):
-    "The comparison above can fail: with another seed the tables differ"
-    whole, killed = (pd.read_csv(r/'results.csv') for r in runs)
-    killed.loc[0, 'psnr'] += 1e-9
-    with pytest.raises(AssertionError): pd.testing.assert_frame_equal(whole, killed, check_exact=True)
 
 
 def test_other_settings_do_not_touch_a_run(runs):
