@@ -57,8 +57,8 @@ class ForgetRequest:
         "The request of a record made by `to_dict`."
         return cls(**d)
 
-# %% ../nbs/18_request.ipynb #79e21ea6
-TEST_ENDINGS = ('_val', '_test', '_challenge')
+# %% ../nbs/18_request.ipynb #cc45b283
+TEST_ENDINGS = ('_val', '_test', '_challenge', '_test_full', '_test_v2')
 
 def held_out_by_folder(
     index: pd.DataFrame # with the column `folder`

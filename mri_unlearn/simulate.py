@@ -192,7 +192,7 @@ def _check_space(root, studies, settings):
     if need > free: raise DataError(f'{root}: the data set needs {need/1e9:.2f} GB, {free/1e9:.2f} GB are free. '
                                     'Free some space, choose another folder, or ask for fewer patients, slices or coils.')
 
-# %% ../nbs/16_simulate.ipynb #0647b392
+# %% ../nbs/16_simulate.ipynb #8af1e4e1
 def simulate_dataset(
     root,             # folder for the files; made if missing, continued if begun with the same settings
     preset='small',   # 'tiny', 'small' or 'medium'
@@ -216,4 +216,4 @@ def simulate_dataset(
     by_patient = [(root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)]
     workers = min(2, os.cpu_count() or 1) if workers is None else workers
     with tqdm(total=len(studies), desc='simulate', unit='volume', disable=not progress) as bar: _run(by_patient, workers, bar)
-    return index_volumes(root)
+    return index_volumes(root, cache=False)
