@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SITES', 'CONTRASTS', 'Site', 'Contrast', 'signal', 'tissue_signals', 'slice_signal', 'chemical_shift_mm',
-           'smooth_maps', 'loop_field', 'coil_loops', 'coil_maps', 'to_kspace', 'noise_mixing', 'coil_noise',
-           'encoding_limits', 'Acquisition', 'draw_protocol', 'fine_grid', 'coil_images', 'acquire']
+           'smooth_phase', 'smooth_maps', 'loop_field', 'coil_loops', 'coil_maps', 'to_kspace', 'noise_mixing',
+           'coil_noise', 'encoding_limits', 'Acquisition', 'draw_protocol', 'fine_grid', 'coarse_grid', 'coil_images',
+           'signal_scale', 'acquire']
 
 # %% ../nbs/12_scanner.ipynb #3dcf3a81
 from dataclasses import dataclass, field
@@ -121,7 +122,16 @@ def chemical_shift_mm(field_T, fov, bandwidth=75e3):
     "How far fat is misplaced along the readout: 3.5 ppm of the proton frequency over the bandwidth (Hz) of the field of view"
     return 3.5e-6*42.577e6*field_T/bandwidth*fov
 
-# %% ../nbs/12_scanner.ipynb #f6274c80
+# %% ../nbs/12_scanner.ipynb #2ab78eb4
+def smooth_phase(bump,   # float [n, m], a smooth random field
+                 u, v,   # float [n,1] and [1,m], coordinates along rows and columns, in units of 110 mm
+                 coef,   # float [12] standard normal numbers that make this volume
+                 bumps,  # radian per unit of `bump`
+                ):       # radian [n, m]
+    "Phase of the magnetisation: an offset, slopes, bows and bumps."
+    return (2*coef[0] + coef[1]*u + coef[2]*v + .8*(coef[3]*u*v + coef[4]*u*u + coef[5]*v*v) + .5*(coef[6]*u*v*v + coef[7]*u*u*v)
+            + bumps*bump)
+
 def smooth_maps(sub: Subject,
                 p,          # float [3, n, m], positions in mm
                 u, v,       # float [n,1] and [1,m], the same along rows and columns, in units of 110 mm
@@ -131,8 +141,7 @@ def smooth_maps(sub: Subject,
                ):           # phase (radian), gain of everything, gain of fat: float32 [n, m]
     "Fields that vary slowly over the body."
     bump = sub.warp.points(p*1.4 + 11)
-    phase = (2*coef[0] + coef[1]*u + coef[2]*v + .8*(coef[3]*u*v + coef[4]*u*u + coef[5]*v*v) + .5*(coef[6]*u*v*v + coef[7]*u*u*v)
-             + (.9 if c.kind == 'gre' else .35)*field_T/3*bump)
+    phase = smooth_phase(bump, u, v, coef, (.9 if c.kind == 'gre' else .35)*field_T/3)
     dome = 1 + (.35 if c.organ == 'brain' else .12)*(field_T/3)**2*np.exp(-(p**2).sum(0)/75**2)
     fat = np.ones_like(bump)
     if c.fatsat: fat = .05 + .05*np.clip(1 + .5*coef[8], 0, 3) + .3*np.clip(bump - 1.1, 0, 1)
@@ -267,7 +276,20 @@ def fine_grid(c: Contrast,
     n = 2*sfft.next_fast_len(-(-max(256, 2*h)//2)); m = 2*sfft.next_fast_len(-(-max(256*W//w, 2*W)//2))
     return (np.arange(n) - n//2)*c.fov/n, (np.arange(m) - m//2)*(c.fov/h*W)/m
 
-# %% ../nbs/12_scanner.ipynb #4b524288
+# %% ../nbs/12_scanner.ipynb #05e46bea
+def coarse_grid(rows, cols, # mm, the fine grid, centred on 0
+                at,         # mm, middle of the slice
+                plane,      # key of `PLANES`
+                n=30,       # points a side
+               ):           # positions float [3, n, n] in mm, mm along rows [n,1] and columns [1,n], a function that interpolates [n, n] to the fine grid
+    "Few points that cover a slice, for fields that vary slowly; rows run downwards, a sagittal face looks left."
+    ir, ic, ia = PLANES[plane]; sign = -1 if plane == 'sagittal' else 1
+    y, x = [np.linspace(1.12*v[0], -1.12*v[0], n) for v in (rows, cols)]
+    p = [None]*3; p[ir], p[ic], p[ia] = -y[:, None], sign*x[None], np.full((1, 1), at)
+    R, C = [interpolator((v - q[0])/(q[1] - q[0]), n) for v, q in ((rows, y), (cols, x))]
+    return np.stack(np.broadcast_arrays(*p)), y[:, None], x[None], lambda a: (C @ (R @ a).T).T
+
+# %% ../nbs/12_scanner.ipynb #bdf4fea7
 def coil_images(sub: Subject,
                 c: Contrast,
                 site: Site,
@@ -280,21 +302,16 @@ def coil_images(sub: Subject,
                 signals: dict, # from `tissue_signals`
                ):              # complex64 [coils, n, m]
     "What the coils hear of one slice, before k-space."
-    ir, ic, ia = PLANES[plane]; sign = [1, -1][plane != 'coronal' and ic == 1], -1   # rows run downwards, a sagittal face looks left
-    g = [np.linspace(1.12*v[0], -1.12*v[0], 30) for v in (rows, cols)]
-    p = [None]*3; p[ir], p[ic], p[ia] = sign[1]*g[0][:, None], sign[0]*g[1][None], np.full((1, 1), at)
-    p = np.stack(np.broadcast_arrays(*p))
-    phase, dome, fatgain = smooth_maps(sub, p, g[0][:, None]/110, g[1][None]/110, d['coef'], c, site.field_T)
+    p, y, x, up = coarse_grid(rows, cols, at, plane)
+    phase, dome, fatgain = smooth_maps(sub, p, y/110, x/110, d['coef'], c, site.field_T)
     maps = coil_maps(d['loops'], p)*d['receiver'][:, None, None]
-    R, C = [interpolator((v - q[0])/(q[1] - q[0]), 30) for v, q in ((rows, g[0]), (cols, g[1]))]
-    up = lambda a: (C @ (R @ a).T).T
-    water, fat = slice_signal(sub, signals, sign[1]*rows, sign[0]*cols, at, c.thickness, plane, cuts)
+    water, fat = slice_signal(sub, signals, -rows, -cols if plane == 'sagittal' else cols, at, c.thickness, plane, cuts)
     step = chemical_shift_mm(site.field_T, c.fov)/(rows[1] - rows[0])
     fat = interpolator(np.arange(len(rows)) - step, len(rows)) @ fat
     obj = up(dome)*(water + up(fatgain)*fat)*np.exp(1j*up(phase))
     return np.stack([up(m) for m in maps]).astype('complex64')*obj.astype('complex64')
 
-# %% ../nbs/12_scanner.ipynb #54e9911c
+# %% ../nbs/12_scanner.ipynb #de28aed2
 def _protocol(sub, acquisition, site):
     "Contrast and site, checked"
     if acquisition not in CONTRASTS: raise ValueError(f'unknown acquisition {acquisition!r}; known: {", ".join(CONTRASTS)}')
@@ -306,11 +323,14 @@ def _protocol(sub, acquisition, site):
 def _images(k, axes=(-2, -1)):
     return sfft.fftshift(sfft.ifft2(sfft.ifftshift(k, axes), norm='ortho'), axes)
 
-def _scale(clean, d):
-    "Factor that brings noiseless k-space to fastMRI's size of numbers, and the standard deviation of the noise that goes with it"
+def signal_scale(clean, # complex [slices, coils, H, W], noiseless k-space
+                 peak,  # of the image; fastMRI's are some 3e-4 to 8e-4
+                 snr,   # mean signal of the body / standard deviation of the noise of a coil
+                ):      # gain, sigma
+    "Factor that brings noiseless k-space to fastMRI's size of numbers, and the standard deviation of the noise that goes with it."
     x = np.stack([np.sqrt((np.abs(_images(k))**2).sum(0)) for k in clean])     # slice by slice: a large volume must not be held twice
-    top = np.percentile(x, 99.7); gain = np.float32(d['peak']/top)
-    return gain, float(x[x > .15*top].mean()*gain/d['snr'])
+    top = np.percentile(x, 99.7); gain = np.float32(peak/top)
+    return gain, float(x[x > .15*top].mean()*gain/snr)
 
 def _extras(clean, d, c, plane, where, H, W, h, oversample):
     "Coil maps on the full k-space grid, and the complex object that agrees best with the noiseless coil images"
@@ -323,7 +343,7 @@ def _extras(clean, d, c, plane, where, H, W, h, oversample):
     x = _images(clean); power = (np.abs(maps)**2).sum(1)
     return dict(object=((maps.conj()*x).sum(1)/power).astype('complex64'), maps=maps)
 
-# %% ../nbs/12_scanner.ipynb #01dd3eb6
+# %% ../nbs/12_scanner.ipynb #5d7efefa
 def acquire(subject: Subject,    # from `anatomy.subject`
             acquisition,         # key of `CONTRASTS`
             site,                # key of `SITES`, or a `Site`
@@ -351,7 +371,7 @@ def acquire(subject: Subject,    # from `anatomy.subject`
     for i, at in enumerate(where):
         k[i] = to_kspace(coil_images(subject, c, site, d, rows, cols, at, 2 if max(recon) < 160 else 3, plane, signals), H, W, oversample)
     k *= np.exp(-d['decay']*np.abs(np.arange(W) - W//2)/(W/2)).astype('float32')
-    gain, sigma = _scale(k, d)
+    gain, sigma = signal_scale(k, d['peak'], d['snr'])
     k *= gain
     more = _extras(k, d, c, plane, where, H, W, h, oversample) if extras else {}
     for i in range(slices): k[i] += coil_noise(d['mixing'], k[i].shape, sigma, noise_rng)
