@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ssim_map', 'ssim_slices', 'l1_slices', 'paper_loss_slices', 'nmse', 'psnr', 'ssim', 'volume_scores', 'square_crop']
 
-# %% ../nbs/35_metrics.ipynb #064c1102
+# %% ../nbs/35_metrics.ipynb #9947e280
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -84,45 +85,101 @@ def paper_loss_slices(
     "The loss of Xue et al. 2024, 1 - SSIM + 1e-5 L1, with L1 as a share of `data_range`. Raises as `ssim_map`."
     return 1 - ssim_slices(pred, gt, data_range) + l1_weight*l1_slices(pred, gt, data_range)
 
-# %% ../nbs/35_metrics.ipynb #ddd2c7fe
+# %% ../nbs/35_metrics.ipynb #8f1010a6
+def _energy(x, y=None):
+    "Sum of (x - y)^2 or of x^2 over a volume; a slice at a time, so that the difference stays in a processor's cache."
+    if torch.is_tensor(x): return float((x if y is None else x-y).square().sum())
+    total = 0.
+    for i in range(len(x)):
+        d = x[i] if y is None else x[i]-y[i]
+        total += float(np.einsum('ij,ij->i', d, d).sum(dtype=np.float64))
+    return total
+
+def _db(e, n, maxval): return 10*math.log10(n*maxval**2/e) if e else math.inf
+
+# %% ../nbs/35_metrics.ipynb #6a7ac3cb
 def _as_volume(x, device=None):
-    "A volume [slices, h, w] in double precision (single where the device has no double)."
+    "A volume [slices, h, w]: double precision on a GPU; elsewhere on the CPU, single, or double where it comes as doubles or integers."
     x = torch.as_tensor(x, device=device).detach()
-    if not x.is_complex(): x = x.to(torch.float32 if x.device.type == 'mps' else torch.float64)
+    if x.device.type != 'cuda': x = x.cpu()
+    if not x.is_complex(): x = x.to(torch.float32 if x.is_floating_point() and x.dtype != torch.float64 and not x.is_cuda else torch.float64)
     return x[None] if x.ndim == 2 else x
 
+def _no_holes(**volumes):
+    for name,x in volumes.items():
+        bad = int((~torch.isfinite(torch.as_tensor(x))).sum())
+        if bad: raise ValueError(f"the {name.replace('_', ' ')} holds {bad} values that are NaN or infinite: it cannot be scored")
+
 def _checked(gt, pred, maxval):
-    "Both volumes, converted, and the range; or ValueError."
+    "(gt, pred, maxval, energy of the error, energy of gt), volumes as numpy or on a GPU; or ValueError."
     gt = _as_volume(gt)
     pred = _as_volume(pred, gt.device)
     _check_pair(pred, gt)
     if not len(gt): raise ValueError("the volume is empty: it has no slices")
-    for name,x in (('ground truth', gt), ('prediction', pred)):
-        bad = int((~torch.isfinite(x)).sum())
-        if bad: raise ValueError(f"the {name} holds {bad} values that are NaN or infinite: it cannot be scored")
-    if not gt.any(): raise ValueError("the ground truth is zero everywhere: no metric is defined for it")
+    if not gt.is_cuda: gt,pred = (x.to(torch.promote_types(gt.dtype, pred.dtype)).numpy() for x in (gt, pred))
     maxval = float(gt.max() if maxval is None else maxval)
+    with np.errstate(all='ignore'): e,E = _energy(gt, pred),_energy(gt)
+    if not (1e-12 < maxval < 1e12 and e + E < 1e11*maxval**2):
+        _no_holes(ground_truth=gt, prediction=pred)
+        if not torch.is_tensor(gt): gt,pred = gt.astype(np.float64),pred.astype(np.float64)
+        e,E = _energy(gt, pred),_energy(gt)
+    if not E: raise ValueError("the ground truth is zero everywhere: no metric is defined for it")
     if not (maxval > 0 and math.isfinite(maxval)):
         raise ValueError(f"expected a positive finite maximum, found {maxval}: pass the volume's largest value or None")
-    return gt,pred,maxval
+    return gt,pred,maxval,e,E
 
-# %% ../nbs/35_metrics.ipynb #a133c333
-def _nmse(gt, pred): return float(((gt-pred)**2).sum()/(gt**2).sum())
+# %% ../nbs/35_metrics.ipynb #fdf4d1b3
+def _adds7(x, step, a, b):
+    "Sums of 7 values, `step` apart along the last axis of `x`, by way of 2 and 4: the arguments of `np.add`, and where the sums will be (in `b`)."
+    n,m = x.shape[1]-step,x.shape[1]-6*step
+    two,out = a[:,:n],b[:,:m]
+    return [(x[:,:n], x[:,step:], two), (two[:,:m], two[:,2*step:2*step+m], out), (out, two[:,4*step:4*step+m], out), (out, x[:,6*step:], out)],out
 
-def _psnr(gt, pred, maxval):
-    mse = float(((gt-pred)**2).mean())
-    return 10*math.log10(maxval**2/mse) if mse else math.inf
+def _ssim_block(rows, w, dtype, maxval):
+    "`f(gt, pred)`: SSIM [rows, w-6] of all windows in rows+6 rows of `w` pixels, given as lines. The result is overwritten by the next call."
+    size = (rows+6)*w
+    X,A,B = torch.empty((3, 4, -(-size//16)*16), dtype=getattr(torch, dtype.name)).numpy()[...,:size]
+    down,S = _adds7(X, w, A, B)
+    right,S = _adds7(S, 1, A, X)
+    n = S.shape[1]
+    (uv,squares),(U,Q),plus,minus = (X[:2],X[2:]),(S[:2],S[2:]),S[::2],S[1::2]
+    top,bottom,out = A[:2,:n],B[:2,:n],A[0].reshape(rows+6, w)[:rows,:w-6]
+    D,power = math.frexp(maxval)   # maxval = D*2^power
+    c1,c2,unit = 2*49**2*(.01*D)**2,2*48*49*(.03*D)**2,dtype.type(2.**-power)
+    def block(gt, pred):
+        np.add(gt, pred, uv[0]); np.subtract(gt, pred, uv[1])
+        np.multiply(uv, unit, uv); np.square(uv, squares)
+        for args in down+right: np.add(*args)
+        np.square(U, U); np.multiply(Q, 49, Q); np.subtract(Q, U, Q)
+        np.add(U[0], c1, U[0]); np.add(Q[0], c2, Q[0])
+        np.subtract(plus, minus, top); np.add(plus, minus, bottom)
+        np.multiply(top[0], top[1], top[0]); np.multiply(bottom[0], bottom[1], bottom[0])
+        np.divide(top[0], bottom[0], top[0])
+        return out
+    return block
 
-def _ssim(gt, pred, maxval): # two slices at a time fit a processor's cache, and no volume is too large
-    return float(torch.cat([ssim_slices(p, g, maxval) for g,p in zip(gt.split(2), pred.split(2))]).mean())
+# %% ../nbs/35_metrics.ipynb #f46f8c5a
+def _ssim(gt, pred, maxval):
+    if torch.is_tensor(gt): return float(torch.cat([ssim_slices(*pair, maxval) for pair in zip(pred.split(4), gt.split(4))]).mean())
+    h,w = gt.shape[1:]
+    rows = -(-(h-6)//math.ceil((h-6)*w/24_000))      # blocks of equal height, about 24,000 windows each
+    block,total = _ssim_block(rows, w, gt.dtype, maxval),0.
+    for x,y in zip(gt, pred):
+        for r in range(0, h-6, rows):
+            start = min(r, h-6-rows)                 # the last block reaches back over the one before it
+            lines = slice(start, start+rows+6)
+            total += float(block(x[lines].reshape(-1), y[lines].reshape(-1))[r-start:].sum(0).sum(dtype=np.float64))
+    return total/(len(gt)*(h-6)*(w-6))
 
+# %% ../nbs/35_metrics.ipynb #68c1bfc7
 def nmse(
     gt,         # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
     pred,       # Reconstruction, same shape
     maxval=None # Not used; here so that all three are called alike
 )->float: # Share of the volume's energy that is error; 0 is perfect
     "||gt - pred||^2 / ||gt||^2 over the whole volume, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume."
-    return _nmse(*_checked(gt, pred, None)[:2])
+    *_,e,E = _checked(gt, pred, None)
+    return e/E
 
 def psnr(
     gt,         # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
@@ -130,16 +187,17 @@ def psnr(
     maxval=None # Peak, in the images' unit; None: the largest value of `gt`
 )->float: # dB; infinite where both are equal
     "10 log10(maxval^2/MSE) over the whole volume, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume."
-    return _psnr(*_checked(gt, pred, maxval))
+    gt,_,maxval,e,_ = _checked(gt, pred, maxval)
+    return _db(e, gt.size, maxval)
 
-# %% ../nbs/35_metrics.ipynb #75e443ae
+# %% ../nbs/35_metrics.ipynb #80e3b6eb
 def ssim(
     gt,         # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
     pred,       # Reconstruction, same shape
     maxval=None # Data range, in the images' unit; None: the largest value of the volume `gt`
 )->float: # 1 is perfect
     "Mean over the slices of SSIM, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume, sides below 7."
-    return _ssim(*_checked(gt, pred, maxval))
+    return _ssim(*_checked(gt, pred, maxval)[:3])
 
 def volume_scores(
     gt,         # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
@@ -147,8 +205,8 @@ def volume_scores(
     maxval=None # Peak of PSNR and range of SSIM; None: the largest value of the volume `gt`
 )->dict: # nmse, psnr (dB), ssim
     "All three scores of a volume, checked and converted once. ValueError: as the three."
-    gt,pred,maxval = _checked(gt, pred, maxval)
-    return dict(nmse=_nmse(gt, pred), psnr=_psnr(gt, pred, maxval), ssim=_ssim(gt, pred, maxval))
+    gt,pred,maxval,e,E = _checked(gt, pred, maxval)
+    return dict(nmse=e/E, psnr=_db(e, gt.size, maxval), ssim=_ssim(gt, pred, maxval))
 
 # %% ../nbs/35_metrics.ipynb #a9904df4
 def square_crop(
