@@ -68,9 +68,22 @@ def no_header(path):
 def test_damaged_file(scans, tmp_path, how, says, argv):
     copy, path = damage(scans, tmp_path, how)
     out = ['--out', tmp_path/'run'] if argv[0] == 'protocol' else []
-    p = fails(path.name, *argv, '--data', copy, *out)
+    p = fails(path.name, *argv, '--strict', '--data', copy, *out)
     assert says in p.stderr
     assert not (tmp_path/'run').exists()
+
+
+def test_a_damaged_file_is_left_out_and_named(scans, tmp_path):
+    copy, path = damage(scans, tmp_path, cut)
+    n = len(list(copy.rglob('*.h5')))
+    for argv, rows in ((['index'], n - 1), (['evaluate', '--zero-filled', '--out', tmp_path/'scores.csv'], n - 1)):
+        p = command(*argv, '--data', copy)
+        assert p.returncode == 0, p.stderr
+        assert p.stderr.startswith('warning: ') and path.name in p.stderr and f'of {n} files' in p.stderr
+        assert path.name not in p.stdout
+    assert len(p.stdout) and (tmp_path/'scores.csv').read_text().count('\n') == rows + 1
+    for f in copy.rglob('*.h5'): cut(f)                         # nothing is left: an error
+    fails(str(n), 'index', '--data', copy)
 
 
 def test_missing_and_empty_folder(tmp_path):
