@@ -7,7 +7,7 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.wheel
-COMMANDS = ['simulate', 'index', 'train', 'unlearn', 'evaluate', 'protocol', 'report']
+COMMANDS = ('simulate', 'index', 'train', 'unlearn', 'evaluate', 'reconstruct', 'protocol', 'report')
 
 
 def run(*args, cwd, timeout=900):

@@ -11,7 +11,8 @@ import pytest
 
 ARGS = ['--preset', 'tiny', '--epochs', '1', '--methods', 'sub_ft', 'nl_ft']
 # what must exist before the next blow falls: while simulating, training, unlearning, scoring, and drawing
-KILLS = ['data/multicoil_train/*.h5', 'models/oracle_s0.pt', 'stages/unlearned_sub_ft_50pc_s0.json', 'stages/original.scores.csv', 'summary.csv']
+KILLS = ['data/multicoil_train/*.h5', 'models/oracle_s0.pt', 'stages/unlearned_sub_ft_50pc_s0.json', 'stages/oracle_s0/*.h5', 'stages/original.scores.csv',
+         'summary.csv']
 
 
 def start(out):

@@ -14,7 +14,9 @@ from mri_unlearn.simulate import simulate_dataset
 from mri_unlearn.unlearn import METHODS
 
 FACTORS = {'one': 1., 'binary': 2.**-13, 'decimal': 1e-4}
-RUNS = {'one': ('one', 'l1'), 'binary': ('binary', 'l1'), 'decimal': ('decimal', 'l1'), 'one_ssim': ('one', 'ssim'), 'binary_ssim': ('binary', 'ssim')}
+RUNS = {'one': ('one', dict(loss='l1')), 'binary': ('binary', dict(loss='l1')), 'decimal': ('decimal', dict(loss='l1')),
+        'one_ssim': ('one', dict(loss='ssim')), 'binary_ssim': ('binary', dict(loss='ssim')),
+        'one_varnet': ('one', dict(model='varnet', cascades=1)), 'binary_varnet': ('binary', dict(model='varnet', cascades=1))}
 
 
 @pytest.fixture(scope='module')
@@ -28,9 +30,9 @@ def runs(tmp_path_factory):
             with h5py.File(path, 'r+') as f:
                 for d in ('kspace', 'reconstruction_rss'): f[d][...] = f[d][...]*np.float32(factor)
                 for a in ('max', 'norm'): f.attrs[a] = f.attrs[a]*factor
-    for name, (data, loss) in RUNS.items():
-        summary = run_protocol('tiny', folder/f'run_{name}', data=folder/data, show=False, epochs=1, rounds=1, loss=loss,
-                               methods=tuple(METHODS), study_fractions=())
+    for name, (data, settings) in RUNS.items():
+        summary = run_protocol('tiny', folder/f'run_{name}', data=folder/data, show=False, epochs=1, rounds=1,
+                               methods=tuple(METHODS), study_fractions=(), **settings)
         out[name] = summary, pd.read_csv(folder/f'run_{name}'/'volumes.csv')
     return out
 
@@ -40,7 +42,7 @@ def test_the_data_really_differ(runs, name):
     np.testing.assert_allclose(runs[name][1]['max']/runs['one'][1]['max'], FACTORS[name], rtol=1e-5)
 
 
-@pytest.mark.parametrize('loss', ['', '_ssim'])
+@pytest.mark.parametrize('loss', ['', '_ssim', '_varnet'])
 def test_equal_to_the_last_bit(runs, loss):
     one, other = (runs[n + loss][0].drop(columns=['seconds', 'seconds_ratio']) for n in ('one', 'binary'))
     assert set(one.method.fillna('')) == {*METHODS, 'noise', ''}
@@ -51,7 +53,7 @@ def test_equal_to_the_last_bit(runs, loss):
 def test_same_decibels(runs, column):
     one, other = runs['one'][0], runs['decimal'][0]
     assert list(one.method) == list(other.method)
-    np.testing.assert_allclose(other[column], one[column], atol=.05)
+    np.testing.assert_allclose(other[column], one[column], atol=.1)
 
 
 def test_same_ssim_cost_and_flags(runs):
