@@ -121,15 +121,16 @@ def full_disk():
     (['simulate', '--preset', 'tiny'], 'scans'),
     (['train', '--epochs', '1', '--chans', '8', '--pools', '2'], 'net.pt'),
     (['unlearn', '--forget', KNEE, '--rounds', '1', '--steps', '1', '--method', 'sub_ft'], 'net.pt'),
+    (['reconstruct', '--batch-size', '2'], 'predictions'),
     (['protocol', '--preset', 'tiny', '--epochs', '1'], 'run')])
 def test_full_disk(scans, tmp_path, argv, result):
     data = [] if argv[0] == 'simulate' else ['--data', scans]
     model = []
-    if argv[0] == 'unlearn':
+    if argv[0] in ('unlearn', 'reconstruct'):
         save_weights(new_unet(0, chans=8, num_pool_layers=2), tmp_path/'in.pt')
         model = ['--model', tmp_path/'in.pt']
     fails('could not write', *argv, *data, *model, '--out', tmp_path/result, preexec_fn=full_disk)
-    whole = ('in.pt', 'simulation.json', 'config.json', 'volumes.csv')      # written before the disk was full
+    whole = ('in.pt', 'simulation.json', 'config.json', 'volumes.csv', 'reconstruction.json')      # written before the disk was full
     left = [p for p in tmp_path.rglob('*') if p.is_file() and p.name not in whole]
     assert not left, 'a partial file stayed'
 
