@@ -142,7 +142,7 @@ class NoisyLabels(Callback):
         target = y.target + self.lam*(y.max_value*y.forget)[:, None, None]*noise
         self.learn.yb = tuple(y._replace(target=target))
 
-# %% ../nbs/45_unlearn.ipynb #e9847c91
+# %% ../nbs/45_unlearn.ipynb #cf482abe
 @dataclass(frozen=True)
 class Method:
     "An unlearning method: what it needs and how its callbacks are made"
@@ -150,6 +150,8 @@ class Method:
     data: str            # 'retain', 'forget' or 'both': which slices its batches hold
     all_retain: bool     # uses the whole retain set whatever the retain fraction
     make: Callable       # (**settings) -> list of callbacks
+    bs: int = None       # slices in its steps, where it wants another number than the comparison's
+    share: float = 1.    # of the budget that its steps take; the rest is for work of its own
     @property
     def doc(self): return inspect.getdoc(self.make) or ''
 
@@ -158,11 +160,13 @@ METHODS: dict[str, Method] = {}
 def method(
     data: str,               # 'retain', 'forget' or 'both'
     all_retain: bool=False,  # True: ignores the retain fraction
+    bs: int=None,            # slices in a step; None: as `unlearn` is told
+    share: float=1.,         # of the budget for ordinary steps, above 0 and at most 1
 ): # decorator of a function that returns callbacks
     "Register an unlearning method under the name of the decorated function"
     if data not in ('retain', 'forget', 'both'): raise ValueError(f"data must be 'retain', 'forget' or 'both', found {data!r}")
     def register(f):
-        METHODS[f.__name__] = Method(f.__name__, data, all_retain, f)
+        METHODS[f.__name__] = Method(f.__name__, data, all_retain, f, bs, share)
         return f
     return register
 
@@ -231,7 +235,7 @@ def unlearning_pool(
     if not len(forget): raise DataError("nothing to forget: no volume has split 'forget_train'; check the request")
     return pd.concat([retain_subset(what, retain_fraction, seed), forget])
 
-# %% ../nbs/45_unlearn.ipynb #5a80b747
+# %% ../nbs/45_unlearn.ipynb #c9e8b48f
 def unlearning_learner(learn, pool, method, bs, steps, seed, device=None):
     "A Learner for a copy of the network, whose loader holds what `method` may see"
     source = learn.dls.train_ds
@@ -240,12 +244,16 @@ def unlearning_learner(learn, pool, method, bs, steps, seed, device=None):
     retain = index[False] if method.data in ('retain', 'both') else []
     forget = index[True] if method.data in ('forget', 'both') else []
     steps = steps or ceil((len(retain) + len(forget))/bs)
+    budget = steps*bs
+    if method.bs: steps, bs = max(1, int(budget*method.share/method.bs)), method.bs
     device = device or learn.dls.device
     dl = ReconDL(ds, bs=bs, order=BatchPlan(retain, forget, bs, steps, seed, ds.shape), seed=seed, device=device,
                  num_workers=learn.dls.train.fake_l.num_workers)
-    return recon_learner(DataLoaders(dl, learn.dls.valid, device=device), deepcopy(learn.model), loss=learn.loss_func, opt_func=learn.opt_func)
+    student = recon_learner(DataLoaders(dl, learn.dls.valid, device=device), deepcopy(learn.model), loss=learn.loss_func, opt_func=learn.opt_func)
+    student.budget = budget          # slices a round, for methods that do more than their steps
+    return student
 
-# %% ../nbs/45_unlearn.ipynb #3bcef6a1
+# %% ../nbs/45_unlearn.ipynb #0399420e
 def unlearn(
     learn: Learner,              # the Original; is not changed
     what,                        # ForgetRequest, table with `split`, or DataLoaders with forget flags
@@ -269,6 +277,7 @@ def unlearn(
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
     student.add_cbs(extra + list(cbs or []))
+    student.budget *= epochs
     with student.no_bar(), student.no_logging(): student.fit(epochs, lr)
     student.model.eval()
     return student
