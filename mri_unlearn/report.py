@@ -29,7 +29,7 @@ class Column(NamedTuple):
     meaning:str # in words
     good:str # which direction is good
 
-# %% ../nbs/72_report.ipynb #d237f794
+# %% ../nbs/72_report.ipynb #df104f35
 COLUMNS = [Column(*c) for c in [
     ('network', '', '', 'Original: trained on all data. Oracle: trained from scratch without the forget data. '
      'Otherwise: the Original after the method of that name', ''),
@@ -47,10 +47,11 @@ COLUMNS = [Column(*c) for c in [
     ('agreement on retain, dB', 'agree_retain_db', '.1f', "PSNR between this network's images and the Oracle's",
      'high; two Oracles agree only as far as the row of the Oracle says'),
     ('agreement on forget, dB', 'agree_forget_db', '.1f', 'the same on forget test volumes', 'high'),
+    ('passes', 'passes', '', 'sides on which an equivalence test over patients finds the network at the Oracle', 'both'),
     ('cost', 'cost_ratio', '.3f', 'slices trained on, relative to training one Oracle', 'well below 1'),
     ('seconds', 'seconds', '.0f', 'time on the machine of this run', 'few'),
 ]]
-SHORT = ['network', 'retain data', 'retain PSNR, dB', 'retain gap, dB', 'forget PSNR, dB', 'forget gap, dB', 'forgetting', 'cost', 'verdict']
+SHORT = ['network', 'retain data', 'retain PSNR, dB', 'retain gap, dB', 'forget PSNR, dB', 'forget gap, dB', 'forgetting', 'agreement on forget, dB', 'passes', 'cost', 'verdict']
 
 # %% ../nbs/72_report.ipynb #2b56c3d5
 def verdicts(
@@ -212,7 +213,7 @@ def _simulated(run):
     sources = _sources(run)
     return 'measured' not in sources if sources else None
 
-# %% ../nbs/72_report.ipynb #5c8fbbe0
+# %% ../nbs/72_report.ipynb #af0ab1a7
 FIGURES = {
     'data': 'Examples of the data, fully sampled.',
     'masks': 'Which phase-encoding lines were measured (white).',
@@ -220,6 +221,7 @@ FIGURES = {
                         'the network trained on that column.',
     'gap_plane': 'Each network by its two gaps to the Oracle. The target is the star at the origin; green is the spread of Oracle '
                  'seeds. Axes are linear near 0 and logarithmic further out where distances demand it.',
+    'verdicts': 'Gaps to the Oracle with the intervals of the equivalence test over patients; the grey band is the margin.',
     'retain_fraction': 'Gap to the Oracle against the share of the retain data that a method may use.',
     'trace': 'PSNR over the epochs of unlearning; dashed: the level of the Oracle. The reported epoch was fixed beforehand.',
     'reconstructions_retain': 'Reconstructions of a retain test slice and their errors, all errors on one scale.',
@@ -400,7 +402,7 @@ def _context(run, tolerance_db):
                 others=[i.name for i in images if i.name not in FIGURES or i.name == 'losses'], revision=run.config.get('git_revision'),
                 settings=_flat({k: v for k, v in run.config.items() if k not in ('request', 'git_revision')}))
 
-# %% ../nbs/72_report.ipynb #08c17f00
+# %% ../nbs/72_report.ipynb #a8e81d1c
 def write_report(
     run_dir, # folder of a run: config.json, results.csv, summary.csv and, if there, trace.csv, matrix.csv, figures/*.png
     tolerance_db:float=.3, # for the verdicts, dB
@@ -412,7 +414,8 @@ def write_report(
     run = read_run(run_dir)
     page = Environment(loader=DictLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     html = page.get_template('page').render(_context(run, tolerance_db))
-    table, kspace = to_markdown(summary_table(run.summary, tolerance_db), SHORT), provenance(run)
+    table, kspace = summary_table(run.summary, tolerance_db), provenance(run)
+    table = to_markdown(table, [c for c in SHORT if c in table])
     with atomic_path(run.path/'table.md') as tmp: tmp.write_text(table + (f'\n*{kspace}*\n' if kspace else ''), encoding='utf-8')
     with atomic_path(run.path/'report.html') as tmp: tmp.write_text(html, encoding='utf-8')
     return run.path/'report.html'
