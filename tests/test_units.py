@@ -54,7 +54,8 @@ def test_equal_to_the_last_bit(runs, loss):
 def test_same_decibels(runs, column):
     one, other = runs['one'][0], runs['decimal'][0]
     assert list(one.method) == list(other.method)
-    np.testing.assert_allclose(other[column], one[column], atol=.1)
+    far = np.where(one.method == 'retrain', .5, .1)      # trained from nothing, that is, from nothing but rounding onwards
+    assert (np.abs(other[column] - one[column]) <= far).all(), pd.DataFrame(dict(method=one.method, one=one[column], other=other[column]))
 
 
 def test_same_ssim_cost_and_flags(runs):
