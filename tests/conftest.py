@@ -64,7 +64,7 @@ class Statistics:
 
 @pytest.fixture(scope='session')
 def fastmri(tmp_path_factory):
-    "fastMRI's own functions and classes, version 0.3.0: the installed ones, or those of a copy for this session"
+    "fastMRI's own functions and classes, version 0.3.0: the installed ones, or those of a copy for this test run"
     try: importlib.import_module('fastmri')
     except ImportError:
         folder = tmp_path_factory.mktemp('fastmri')
