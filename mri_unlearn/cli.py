@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_ROWS', 'IMAGES_ONLY', 'HELD_OUT', 'SETTINGS', 'do_simulate', 'from_images', 'index_of', 'do_index', 'in_short',
            'say_skipped', 'training_volumes', 'splits_of', 'with_targets', 'mask_of', 'new_model', 'do_train',
-           'do_unlearn', 'do_evaluate', 'do_reconstruct', 'do_protocol', 'do_report', 'must_be_writable', 'add_files',
-           'add_data', 'add_mask', 'positive', 'add_networks', 'add_images', 'build_parser', 'one_line', 'main']
+           'do_unlearn', 'do_evaluate', 'do_reconstruct', 'read_method_settings', 'do_protocol', 'do_report',
+           'must_be_writable', 'add_files', 'add_data', 'add_mask', 'positive', 'add_networks', 'add_images',
+           'build_parser', 'one_line', 'main']
 
 # %% ../nbs/90_cli.ipynb #951b1490
 import argparse
@@ -166,19 +167,33 @@ def do_reconstruct(a):
     print(f'volumes reconstructed: {n}, there already: {len(index) - n}; in {a.out}, NAME.h5 with the dataset reconstruction')
     say_skipped(index)
 
-# %% ../nbs/90_cli.ipynb #83e344a1
-SETTINGS = ('seed', 'model', 'epochs', 'oracle_seeds', 'methods', 'rounds', 'steps', 'study_fractions', 'limit_volumes', 'num_workers', 'test')
+# %% ../nbs/90_cli.ipynb #5d19ddf1
+def read_method_settings(path):
+    "A JSON file: method -> settings"
+    from mri_unlearn.volumes import DataError
+    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e: raise DataError(f'{path}: expected a JSON file with settings of methods ({e})') from e
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        raise DataError(f'{path}: expected settings by method, such as {{"nl_ft": {{"lam": 0.1}}}}')
+    return found
+
+# %% ../nbs/90_cli.ipynb #4d201a76
+SETTINGS = ('seed', 'model', 'epochs', 'oracle_seeds', 'methods', 'rounds', 'steps', 'study_fractions', 'unlearn_seeds', 'hallucination', 'limit_volumes', 'num_workers', 'test')
 
 def do_protocol(a):
     "Simulate, train, unlearn, compare with the Oracle, report"
     reason = a.reason if a.reason is not None else '' if a.forget else None     # the preset's reason belongs to its own query
     settings = dict(query=a.forget, reason=reason, fraction=a.retain_fraction, **{k: getattr(a, k) for k in SETTINGS})
+    if a.full:
+        from mri_unlearn.protocol import full
+        settings = full() | {k: v for k, v in settings.items() if v is not None}
+    if a.method_settings: settings['method_settings'] = read_method_settings(a.method_settings)
     if a.dry_run:
         from mri_unlearn.dryrun import describe, dry_run
-        return print(describe(*dry_run(a.preset, a.data, strict=a.strict, organ=a.organ, **settings)))
+        return print(describe(*dry_run(a.preset, a.data, strict=a.strict, organ=a.organ, jobs=a.jobs, **settings)))
     from mri_unlearn.protocol import run_protocol
     out = Path(a.out or Path('runs')/a.preset)
-    run_protocol(a.preset, out, a.data, strict=a.strict, organ=a.organ, **settings)
+    run_protocol(a.preset, out, a.data, strict=a.strict, organ=a.organ, jobs=a.jobs, **settings)
     print((out/'table.md').read_text(encoding='utf-8'))
     print(f'Report: {out/"report.html"}')
     for _, why in json.loads((out/'config.json').read_text())['data'].get('skipped', []): print(f'left out: {why}', file=sys.stderr)
@@ -266,7 +281,7 @@ def add_images(p):
     g.add_argument('--val-fraction', type=float, default=.2, help='share of the patients for testing'); g.add_argument('--patient', metavar='REGEX', help='where a path names the patient')
     g.add_argument('--strict', action='store_true', help='stop at a file that cannot be read')
 
-# %% ../nbs/90_cli.ipynb #6780bdde
+# %% ../nbs/90_cli.ipynb #f6b9c994
 def build_parser():
     "The command line of `mri_unlearn`"
     parser = argparse.ArgumentParser(prog='mri_unlearn', description='Machine unlearning for MRI reconstruction.')
@@ -291,7 +306,12 @@ def build_parser():
     p.add_argument('--reason', help='why, for the report')
     p.add_argument('--epochs', type=positive); p.add_argument('--oracle-seeds', type=positive)
     p.add_argument('--retain-fraction', type=float); p.add_argument('--methods', nargs='+')
-    p.add_argument('--study-fractions', type=float, nargs='*', help='retain fractions of the study with sub_ft and nl_ft; none: no study')
+    p.add_argument('--retain-fractions', '--study-fractions', dest='study_fractions', type=float, nargs='*', help='retain fractions of the study with proxy and nl_ft; none: no study')
+    p.add_argument('--seeds', dest='unlearn_seeds', type=positive, metavar='N', help='runs of each method and fraction, each with other retain volumes and another order')
+    p.add_argument('--hallucination', nargs='*', metavar='METHOD', help='methods that also face a planted structure, in an experiment of its own; none: leave it out')
+    p.add_argument('--full', action='store_true', help='all methods, three seeds of each, all retain fractions of the paper, five Oracles')
+    p.add_argument('--method-settings', metavar='FILE.json', help='settings of methods that replace their defaults: {"nl_ft": {"lr": 0.001, "lam": 0.1}}; what `mri_unlearn tune` writes')
+    p.add_argument('--jobs', type=positive, metavar='N', help='networks that are trained at a time; default: one a core, or one where there is a GPU')
     p.add_argument('--rounds', type=positive, help='of unlearning; the last one counts'); p.add_argument('--steps', type=positive, help='batches in a round')
     p = sub.add_parser('report', help='write the report of a run again'); p.set_defaults(do=do_report); p.add_argument('run', metavar='DIR')
     for s in sub.choices.values(): s.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='show the traceback of an error')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['planned_index', 'Stopwatch', 'peak_gib', 'timed_steps', 'samples', 'slice_costs', 'dry_run', 'duration', 'describe']
 
-# %% ../nbs/76_dryrun.ipynb #f7517bcb
+# %% ../nbs/76_dryrun.ipynb #332729df
 import os
 import resource
 import sys
@@ -22,7 +22,8 @@ from .anatomy import subject
 from .data import ReconDL, SliceDataset, recon_dls
 from .evaluate import forget_side
 from .learner import SkipValidation, recon_learner
-from .protocol import Settings, input_kind, jobs_of, load_splits, mask_of, new_network, plan, prepare, scored_volumes
+from .protocol import Settings, has_extras, input_kind, jobs_of, load_splits, mask_of, new_network, planted_settings, prepare, scored_volumes
+from .jobs import processes
 from .request import ForgetRequest
 from .simulate import PRESETS as DATA_SETS, plan_studies, simulate_volume
 from .volumes import index_volumes
@@ -94,12 +95,12 @@ def slice_costs(s, splits, n=3):
     relative = (size*splits.slices).groupby(splits.split).sum()/splits.groupby('split').slices.sum()/size.mode().max()
     return t, relative
 
-# %% ../nbs/76_dryrun.ipynb #dc4e8860
+# %% ../nbs/76_dryrun.ipynb #53058225
 def dry_run(
     preset: str='small',  # name in `protocol.PRESETS`
     data=None,            # folder(s) of fastMRI-format files; default: what the preset would simulate
     n: int=3,             # timed steps
-    strict=False, organ=None, # as in `run_protocol`
+    strict=False, organ=None, jobs=None, # as in `run_protocol`
     **settings            # fields of `Settings` that replace those of the preset
 ): # (table of jobs, what is known besides: dict)
     "What `run_protocol` with the same arguments would do, in order, with an estimate of its cost; raises `DataError` as that would"
@@ -112,19 +113,22 @@ def dry_run(
     tests = scored[scored.split.isin(['retain_test', forget_side(scored)])].slices.sum()
     share = {'original': relative.reindex(['retain_train', 'forget_train']).mean(), 'oracle': relative['retain_train'], 'forget': relative['forget_train']}
     rows = []
-    for name, (slices, volumes) in jobs_of(s, splits).items():
-        kind = name.split('_')[0]
-        seconds = slices*t['train_s']*share.get(kind, share['original']) + (kind == 'unlearned')*(s.rounds - 1)*tests*t['score_s']
-        rows.append(dict(job=name, volumes=volumes, slices=slices, steps=-(-slices//bs.get(kind, s.bs)), seconds=seconds))
+    def add(jobs, title='', traced=True):
+        for name, (slices, volumes) in jobs.items():
+            kind = name.split('_')[0]
+            seconds = slices*t['train_s']*share.get(kind, share['original']) + (traced and kind == 'unlearned')*(s.rounds - 1)*tests*t['score_s']
+            rows.append(dict(job=title + name, volumes=volumes, slices=slices, steps=-(-slices//bs.get(kind, s.bs)), seconds=seconds))
+    add(jobs_of(s, splits))
     networks = len(rows) + 2
     looks = networks*int(scored.slices.sum()) + s.oracle_seeds*int(tests)
     rows.append(dict(job='score all networks', volumes=len(scored), slices=looks, steps=0, seconds=looks*t['score_s']*relative.mean()))
-    table = pd.DataFrame(rows)
+    if s.hallucination and (not data or all(map(has_extras, splits.path))): add(jobs_of(planted_settings(s), splits, forget_only=False), 'planted: ', traced=False)
+    table, at_once = pd.DataFrame(rows), processes(jobs)
     parts = splits.groupby(['split', 'organ']).agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum')).reset_index()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'a processor ({torch.get_num_threads()} threads)'
-    return table, dict(settings=s, data=parts, device=device, **t, seconds=float(table.seconds.sum()), skipped=splits.attrs.get('skipped', []))
+    return table, dict(settings=s, data=parts, device=device, **t, processes=at_once, seconds=float(table.seconds.sum())/at_once, skipped=splits.attrs.get('skipped', []))
 
-# %% ../nbs/76_dryrun.ipynb #a29b5787
+# %% ../nbs/76_dryrun.ipynb #5ddb8d4e
 def duration(seconds):
     "In words, two units at most"
     m, h = divmod(round(seconds/60), 60)[::-1]
@@ -138,7 +142,7 @@ def describe(table, info):
     return '\n'.join([
         f'{net}; {s.mask} {s.acceleration}x, centre {s.center_fraction}; loss {s.loss}; to be forgotten: {s.query}', '',
         info['data'].to_string(index=False), '', t.to_string(index=False), '',
-        f"estimate on {info['device']}: {duration(info['seconds'])} for all, {info['train_s']:.3f} s for a slice in training, "
+        f"estimate on {info['device']}, {info['processes']} at a time: {duration(info['seconds'])} for all, {info['train_s']:.3f} s for a slice in training, "
         f"{info['score_s']:.3f} s in scoring; peak memory {info['memory_gib']:.1f} GiB (batch of {s.bs})",
         'file system, other users and the last digits of the estimate are not promised',
         *(f'left out: {why}' for _, why in info['skipped'])])

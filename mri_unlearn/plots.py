@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_axes', 'save_figure', 'show_images', 'show_reconstructions', 'show_mask', 'plot_knowledge_matrix',
-           'one_per_method', 'with_gaps', 'oracle_band', 'place_labels', 'plot_gap_plane', 'plot_retain_fraction',
-           'plot_trace', 'plot_losses']
+           'one_per_method', 'with_gaps', 'tested', 'oracle_band', 'place_labels', 'plot_gap_plane',
+           'plot_retain_fraction', 'plot_trace', 'plot_losses']
 
 # %% ../nbs/70_plots.ipynb #cd3b0604
 import matplotlib.pyplot as plt
@@ -183,12 +183,17 @@ def with_gaps(
         s[f'gap_{side}_db'] = s[f'gap_{side}_db'].astype(float).fillna(gap) if f'gap_{side}_db' in s else gap
     return s
 
-# %% ../nbs/70_plots.ipynb #8f7af66d
+# %% ../nbs/70_plots.ipynb #e1ceb1cd
+def tested(summary):
+    "Whether the words and margins of a summary come from equivalence tests"
+    return {'flag', 'margin_retain_db', 'margin_forget_db'} <= set(summary)
+
 def oracle_band(
     summary:pd.DataFrame, # rows with model == 'oracle', one a seed, and retain_psnr, forget_psnr in dB
 )->dict:
-    "Half-widths in dB, `{'retain': ..., 'forget': ...}`: the largest distance of an Oracle seed from the seeds' mean; nan for one seed"
+    "Half-widths in dB, `{'retain': ..., 'forget': ...}`: the margins of the test where there are any, else the largest distance of an Oracle seed from the seeds' mean; nan for one seed"
     o = summary[summary.model == 'oracle']
+    if tested(summary): return {side: float(summary[f'margin_{side}_db'].iloc[0]) for side in ('retain', 'forget')}
     if len(o) < 2: return {'retain': np.nan, 'forget': np.nan}
     return {side: float((o[f'{side}_psnr'] - o[f'{side}_psnr'].mean()).abs().max()) for side in ('retain', 'forget')}
 
@@ -250,7 +255,7 @@ def _plane(ax, band):
     ax.annotate('under-forgotten →', (1, 0), (5, 6), xycoords=side, rotation=90, va='bottom', **look)
     ax.annotate('← over-forgotten', (1, 0), (5, -6), xycoords=side, rotation=90, va='top', **look)
 
-# %% ../nbs/70_plots.ipynb #7976e973
+# %% ../nbs/70_plots.ipynb #b6997832
 def plot_gap_plane(
     summary:pd.DataFrame, # a run's summary: model, method, seed, retain_fraction, retain_psnr, forget_psnr, gap_retain_db, gap_forget_db
     retain_fraction:float=.1, # 0 to 1; where a method was run at several, the nearest is drawn
@@ -266,18 +271,20 @@ def plot_gap_plane(
             'unlearned': dict(marker='o', s=30, color='tab:blue')}
     for model, g in s.groupby('model', sort=False):
         ax.scatter(g.gap_retain_db, g.gap_forget_db, zorder=3, **look.get(model, dict(marker='X', s=38, color='.4')))
-    known = 'green: spread of Oracle seeds' if not np.isnan(band['retain']) else 'one Oracle seed: its spread is unknown'
+    known = 'green: margin of the test' if tested(summary) else 'green: spread of Oracle seeds' if not np.isnan(band['retain']) else 'one Oracle seed: its spread is unknown'
     ax.set_title(f'{title}\n{known}'.strip(), fontsize=9, pad=18)
     said = {'oracle': 'Oracle', 'original': 'Original (nothing done)', 'zero_filled': 'no network', 'forget_only': 'forget data alone'}
     place_labels(ax, {said.get(n, n): xy for n, *xy in s[['name', 'gap_retain_db', 'gap_forget_db']].to_numpy()})
     return ax.figure
 
-# %% ../nbs/70_plots.ipynb #f404675f
+# %% ../nbs/70_plots.ipynb #887385ea
 def _gap_panel(ax, s, side, band, methods):
     "One side of `plot_retain_fraction`: a line a method, the Oracle at 0 with its band, the Original as it is"
     column = f'gap_{side}_db'
     for i, m in enumerate(methods):
-        g = s[s.method.eq(m)].groupby('retain_fraction')[column].mean()
+        runs = s[s.method.eq(m)]
+        g = runs.groupby('retain_fraction')[column].mean()
+        if len(runs) > len(g): ax.plot(100*runs.retain_fraction, runs[column], '.', ms=4, alpha=.5, color=f'C{i}')     # each seed
         ax.plot(100*g.index, g.to_numpy(), 'o-', ms=4, lw=1.5, color=f'C{i}', label=m)
     ax.axhline(0, color='tab:green', lw=1.5, label='Oracle')
     if not np.isnan(band[side]): ax.axhspan(-band[side], band[side], color='tab:green', alpha=.15, lw=0)
@@ -288,12 +295,12 @@ def _gap_panel(ax, s, side, band, methods):
     ax.xaxis.set_major_locator(FixedLocator(shown)); ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
     ax.set_title(f'{side} test volumes', fontsize=9); ax.set_xlabel('retain fraction, %')
 
-# %% ../nbs/70_plots.ipynb #5e26e394
+# %% ../nbs/70_plots.ipynb #85d21eb6
 def plot_retain_fraction(
     summary:pd.DataFrame, # a run's summary with some methods at several retain fractions
     title:str='', # what the data were
 )->Figure:
-    "Both gaps (dB) against the retain fraction, one line a method that was run at two fractions or more; ValueError where none was"
+    "Both gaps (dB) against the retain fraction, one line (the mean of its seeds, which are dots) a method that was run at two fractions or more; ValueError where none was"
     s = summary[~(summary.model.eq('unlearned') & ~(summary.retain_fraction.astype(float) > 0))]  # log axis
     counts = s[s.model.eq('unlearned')].groupby('method', sort=False).retain_fraction.nunique()
     methods = list(counts.index[counts > 1])

@@ -170,7 +170,7 @@ def method(
         return f
     return register
 
-# %% ../nbs/45_unlearn.ipynb #3945afba
+# %% ../nbs/45_unlearn.ipynb #f681c599
 @method('retain', all_retain=True)
 def full_ft(): 
     "Fine-tune on the whole retain set"
@@ -192,11 +192,11 @@ def ga_l1(forget_weight=1., alpha=1.):
     return [ForgetAscent(forget_weight), WeightL1(alpha)]
 
 @method('forget')
-def nl(forget_weight=1., lam=.2, seed=0):
+def nl(forget_weight=1., lam=.2, noise_seed=0):
     "Descent on the forget set with noisy targets"
-    return [NoisyLabels(lam, seed), ForgetDescent(forget_weight)]
+    return [NoisyLabels(lam, noise_seed), ForgetDescent(forget_weight)]
 
-# %% ../nbs/45_unlearn.ipynb #0f0ad981
+# %% ../nbs/45_unlearn.ipynb #94e502de
 @method('both')
 def ga_ft(forget_weight=1., retain_weight=1.):
     "Gradient ascent on forget slices, descent on retain slices of the same batch"
@@ -208,14 +208,14 @@ def ga_l1_ft(forget_weight=1., retain_weight=1., alpha=1.):
     return [*ga_l1(forget_weight, alpha), RetainDescent(retain_weight)]
 
 @method('both')
-def nl_ft(forget_weight=1., retain_weight=1., lam=.2, seed=0):
+def nl_ft(forget_weight=1., retain_weight=1., lam=.2, noise_seed=0):
     "Noisy targets on forget slices, true targets on retain slices of the same batch"
-    return [*nl(forget_weight, lam, seed), RetainDescent(retain_weight)]
+    return [*nl(forget_weight, lam, noise_seed), RetainDescent(retain_weight)]
 
 @method('both')
-def nl_ft_amortized(forget_weight=(.01, .5, 1.5), retain_weight=1., lam=.2, seed=0):
+def nl_ft_amortized(forget_weight=(.01, .5, 1.5), retain_weight=1., lam=.2, noise_seed=0):
     "`nl_ft` whose forget term is weighted 0.01, 0.5 and 1.5 in the three thirds of the training"
-    return nl_ft(forget_weight, retain_weight, lam, seed)
+    return nl_ft(forget_weight, retain_weight, lam, noise_seed)
 
 # %% ../nbs/45_unlearn.ipynb #ca326909
 def unlearning_pool(
@@ -253,7 +253,7 @@ def unlearning_learner(learn, pool, method, bs, steps, seed, device=None):
     student.budget = budget          # slices a round, for methods that do more than their steps
     return student
 
-# %% ../nbs/45_unlearn.ipynb #0399420e
+# %% ../nbs/45_unlearn.ipynb #a9910175
 def unlearn(
     learn: Learner,              # the Original; is not changed
     what,                        # ForgetRequest, table with `split`, or DataLoaders with forget flags
@@ -264,7 +264,7 @@ def unlearn(
     bs: int=8,                   # slices a batch; joint methods take half from each side
     lr: float=1e-3,              # learning rate, constant
     clip: float=.5,              # largest norm of the gradient, as in the paper; None: no limit
-    seed: int=0,                 # of the retain subset, the order and the masks
+    seed: int=0,                 # of the retain subset, the order, the masks, and of what a method draws itself
     cbs=None,                    # further callbacks
     **settings                   # of the method: lam, alpha, forget_weight, retain_weight, …
 ): # Learner around the unlearned network, in eval mode; `learn.loss_terms.history` holds the mean of each term by round
@@ -272,7 +272,8 @@ def unlearn(
     if method not in METHODS: raise DataError(f'unknown method {method!r}: expected one of {", ".join(METHODS)}')
     m = METHODS[method]
     pool = unlearning_pool(learn, what, 1. if m.all_retain else retain_fraction, seed)
-    try: callbacks = m.make(**settings)
+    own = {k: seed for k in inspect.signature(m.make).parameters if k.endswith('_seed')}     # what a method draws itself
+    try: callbacks = m.make(**own | settings)
     except TypeError as e: raise DataError(f'method {method!r} takes {inspect.signature(m.make)}: {e}') from e
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
