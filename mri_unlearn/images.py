@@ -20,12 +20,12 @@ from scipy import fft as sfft
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-# %% ../nbs/17_images.ipynb #2d899417
+# %% ../nbs/17_images.ipynb #4df488c2
 from . import __version__
 from .anatomy import PLANES, Noise, band
 from .scanner import (SITES, Acquisition, coarse_grid, coil_loops, coil_maps, coil_noise, encoding_limits, noise_mixing,
                                  signal_scale, smooth_phase, to_kspace)
-from .simulate import FOLDERS, _end_with_parent
+from .simulate import FOLDERS, end_with_parent
 from .volumes import DataError, Header, atomic_path, index_volumes, write_volume
 
 # %% ../nbs/17_images.ipynb #78bc9821
@@ -664,7 +664,7 @@ def _claim_images(out, record):
     if files != wanted['files']:
         with atomic_path(path) as tmp: tmp.write_text(json.dumps(record, indent=1))
 
-# %% ../nbs/17_images.ipynb #92df9442
+# %% ../nbs/17_images.ipynb #74a8522b
 def _check_room(out, volumes, jobs, settings, workers):
     "Raise `DataError` if disk or memory cannot hold what will be made. K-space takes 8 bytes a sample and twice the rows of the image."
     need, largest = 0, (0, '')
@@ -692,7 +692,7 @@ def _convert_all(tasks, workers, bar):
         for t in tasks: note(t, _convert(*t))
         return left
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
             waiting = {pool.submit(_convert, *t): t for t in tasks}
             for done in as_completed(waiting): note(waiting[done], done.result())

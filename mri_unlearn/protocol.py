@@ -6,11 +6,11 @@
 __all__ = ['PAPER', 'PRESETS', 'VARNET', 'TRACE', 'TAKEN', 'Settings', 'full', 'write_json', 'write_csv', 'Run', 'revision',
            'versions', 'same_settings', 'write_config', 'in_turn', 'limited', 'load_splits', 'record_volumes',
            'scored_volumes', 'input_kind', 'mask_of', 'new_network', 'precise', 'loader', 'kept_bytes', 'train_network',
-           'write_images', 'score_network', 'plan', 'job_name', 'seed_of', 'run_method', 'key', 'trained', 'unlearned',
-           'round_slices', 'jobs_of', 'Arm', 'has_extras', 'planted_settings', 'PlantedArm', 'judged', 'NullSpace',
-           'whole_trace', 'same_key', 'hallucination_table', 'with_verdict', 'over_seeds', 'joined', 'collect',
-           'side_names', 'knowledge_matrix', 'picture_volumes', 'example_images', 'prepare', 'write_timing', 'begin',
-           'run_levels', 'run_protocol']
+           'write_images', 'score_network', 'plan', 'job_name', 'seed_of', 'unlearned_learner', 'run_method', 'key',
+           'trained', 'unlearned', 'round_slices', 'jobs_of', 'Arm', 'has_extras', 'planted_settings', 'PlantedArm',
+           'judged', 'NullSpace', 'whole_trace', 'same_key', 'hallucination_table', 'with_verdict', 'over_seeds',
+           'joined', 'collect', 'side_names', 'knowledge_matrix', 'picture_volumes', 'example_images', 'prepare',
+           'write_timing', 'begin', 'run_levels', 'run_protocol']
 
 # %% ../nbs/75_protocol.ipynb #d4a1cf0f
 import json
@@ -305,19 +305,22 @@ def job_name(method, fraction, seed=0): return f'unlearned_{method}_{100*fractio
 
 def seed_of(s, seed): return s.seed + 100*seed     # of an unlearning run, so that the first has the seed of the run
 
-# %% ../nbs/75_protocol.ipynb #1d235590
+# %% ../nbs/75_protocol.ipynb #1b3d1f3a
+def unlearned_learner(run, settings, method, fraction, seed, splits, cbs=()):
+    "Let a method with its settings work on the Original of a run; returns the Learner"
+    s, train = settings, splits[splits.split.str.endswith('train')]
+    dls = recon_dls(train, train.head(1), mask_of(s), seed=s.seed, num_workers=s.num_workers, input=input_kind(s))
+    original = recon_learner(dls, precise(load_network(run.model('original')), s), loss=s.loss)
+    own = dict(lr=s.unlearn_lr) | s.method_settings.get(method, {})
+    return unlearn(original, train, method, fraction or 1., epochs=s.rounds, steps=s.steps, bs=s.unlearn_bs, clip=s.clip, seed=seed_of(s, seed), cbs=cbs, **own)
+
 def run_method(run, settings, method, fraction, seed, splits, test_dl, progress):
     "Let one method work on the Original, unless that was done already; scores in between only with `test_dl`"
     name, s, meter = job_name(method, fraction, seed), settings, WorkMeter()
     if run.done(name): return
-    train = splits[splits.split.str.endswith('train')]
-    dls = recon_dls(train, train.head(1), mask_of(s), seed=s.seed, num_workers=s.num_workers, input=input_kind(s))
-    original = recon_learner(dls, precise(load_network(run.model('original')), s), loss=s.loss)
     between = range(1, s.rounds) if test_dl else ()    # before the first round it is the Original, after the last what is scored anyway
     trace = TraceScores(test_dl, between, on_score=lambda: progress.step(SCORE_COST*len(test_dl.dataset)))
-    own = dict(lr=s.unlearn_lr) | s.method_settings.get(method, {})
-    learn = unlearn(original, train, method, fraction or 1., epochs=s.rounds, steps=s.steps, bs=s.unlearn_bs, clip=s.clip,
-                    seed=seed_of(s, seed), cbs=[meter, trace, Tick(progress, f'{method} at {fraction:.0%}')], **own)
+    learn = unlearned_learner(run, s, method, fraction, seed, splits, [meter, trace, Tick(progress, f'{method} at {fraction:.0%}')])
     save_weights(learn.model, run.model(name))
     used = learn.dls.train_ds.volumes
     write_csv(run.out/'stages'/f'{name}.trace.csv', pd.DataFrame(trace.trace, columns=TRACE[3:]).assign(method=method, retain_fraction=fraction, seed=seed)[TRACE])

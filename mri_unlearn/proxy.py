@@ -114,7 +114,7 @@ def rms_distance(
     apart = (to_image(a, y) - to_image(b, y))/y.std[:, None, None]
     return (apart.square().mean((1, 2)) + 1e-6).sqrt()
 
-# %% ../nbs/52_proxy.ipynb #968552a2
+# %% ../nbs/52_proxy.ipynb #1c331c7c
 class KeepImages(TeacherTerm):
     "+ w rms(f(x_r) - f_0(x_r)): answer retained slices as the teacher does"
     def term(self):
@@ -124,7 +124,7 @@ class KeepImages(TeacherTerm):
 class ProxyMatch(TeacherTerm):
     "+ w rms(f(x_f) - p(x_f) - gamma (p(x_f) - y_f)), p the mean of the proxies, which are trained before the first step"
     _stateattrs = ('proxies',)
-    def __init__(self, weight=1., gamma=1., proxies=1, part='middle', times=6., share=.24, seed=0):
+    def __init__(self, weight=1., gamma=.6, proxies=1, part='middle', times=6., share=.24, seed=0):
         super().__init__(weight)
         self.gamma, self.n, self.part, self.times, self.share, self.seed, self.proxies = gamma, proxies, part, times, share, seed, None
     def before_fit(self):
@@ -142,9 +142,9 @@ class ProxyMatch(TeacherTerm):
         return self.now()*rms_distance(self.pred[rows], self.target(rows, y), y).mean()
     def after_fit(self): self.proxies = None
 
-# %% ../nbs/52_proxy.ipynb #a247da2c
+# %% ../nbs/52_proxy.ipynb #f8a7e2ed
 @method('both', bs=2, share=.57)
-def proxy(forget_weight=1., retain_weight=2., gamma=1., proxies=1, part='middle', moves='encoder', proxy_lr=6., peak=5., proxy_seed=0):
+def proxy(forget_weight=1., retain_weight=2., gamma=.6, proxies=1, part='middle', moves='encoder', proxy_lr=6., peak=6., proxy_seed=0):
     "Pulled to a proxy on forget slices and to the Original on retain slices; a quarter of the budget trains the proxy"
     if proxies < 1: raise DataError(f'expected at least one proxy, found {proxies}')
     for p in (part, moves): in_part('', p)      # complains of an unknown one
