@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'KEYS', 'VolumeRecon', 'reconstruct_volumes', 'evaluate', 'write_prediction', 'read_prediction', 'NoiseNet',
-           'agreement', 'forget_side', 'side_means', 'summarise', 'oracle_spread', 'flag', 'TraceScores']
+           'agreement', 'forget_side', 'patient_of', 'mean_over_patients', 'side_means', 'summarise', 'oracle_spread',
+           'flag', 'TraceScores']
 
 # %% ../nbs/55_evaluate.ipynb #0f13d998
 from pathlib import Path
@@ -107,18 +108,28 @@ def agreement(
         return float('inf') if mse == 0 else 10*np.log10(m**2/mse)
     return pd.Series({f: db(v, others[f], maxima[f]) for f, v in images.items()}, name='agree_db', dtype=float)
 
-# %% ../nbs/55_evaluate.ipynb #fccea609
+# %% ../nbs/55_evaluate.ipynb #fcb4fda6
 KEYS = ['model', 'method', 'seed', 'retain_fraction']
 
 def forget_side(results):
     "The split on which forgetting is judged: forget_test where there is one"
     return 'forget_test' if (results.split == 'forget_test').any() else 'forget_train'
 
+def patient_of(rows):
+    "Who each volume belongs to; a volume stands for a patient whose name is not known"
+    if 'patient_id' not in rows: return rows.volume
+    return rows.patient_id.astype(object).where(rows.patient_id.notna() & (rows.patient_id != ''), rows.volume)
+
+def mean_over_patients(rows, by, columns):
+    "Means of `columns` for each group `by`, where each patient counts once, however many volumes there are"
+    each = rows.assign(patient=patient_of(rows)).groupby([*by, 'patient'], dropna=False, sort=False)[columns].mean()
+    return each.groupby(level=list(range(len(by))), dropna=False, sort=False).mean()
+
 def side_means(results):
-    "Mean PSNR and SSIM of every model on retain test and forget (test) volumes, one row a model"
+    "Mean PSNR and SSIM over the patients of retain test and forget (test) volumes, one row a model"
     out = {}
     for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
-        means = results[results.split == split].groupby(KEYS, dropna=False, sort=False)[['psnr', 'ssim']].mean()
+        means = mean_over_patients(results[results.split == split], KEYS, ['psnr', 'ssim'])
         for m in means: out[f'{side}_{m}'] = means[m]
     return pd.DataFrame(out).reset_index()
 
@@ -183,7 +194,7 @@ def flag(
         elif abs(gap) > margin: out.append(low if gap < 0 else high)
     return ', '.join(out) or 'at the oracle'
 
-# %% ../nbs/55_evaluate.ipynb #701f4eed
+# %% ../nbs/55_evaluate.ipynb #676fdd64
 class TraceScores(Callback):
     "Mean PSNR on retain and forget test volumes before a fit (round 0) and after its rounds, in `trace`"
     order = 80
@@ -192,7 +203,7 @@ class TraceScores(Callback):
     def score(self, r):
         if self.rounds is not None and r not in self.rounds: return
         s = evaluate(self.learn.model, self.dl)
-        mean = lambda split: s[s.split == split].psnr.mean()
+        mean = lambda split: mean_over_patients(s[s.split == split], ['split'], ['psnr']).psnr.mean()
         self.trace.append(dict(epoch=r, retain_psnr=mean('retain_test'), forget_psnr=mean(forget_side(s))))
         if self.on_score: self.on_score()
     def before_fit(self): self.trace = []; self.score(0)

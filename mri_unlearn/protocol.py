@@ -8,11 +8,11 @@ __all__ = ['PAPER', 'PRESETS', 'VARNET', 'TRACE', 'TAKEN', 'Settings', 'full', '
            'scored_volumes', 'input_kind', 'mask_of', 'new_network', 'precise', 'loader', 'kept_bytes', 'train_network',
            'write_images', 'score_network', 'plan', 'job_name', 'seed_of', 'unlearned_learner', 'run_method', 'key',
            'trained', 'unlearned', 'round_slices', 'jobs_of', 'Arm', 'has_extras', 'planted_settings', 'PlantedArm',
-           'judged', 'NullSpace', 'whole_trace', 'same_key', 'hallucination_table', 'with_verdict', 'over_seeds',
-           'joined', 'collect', 'side_names', 'knowledge_matrix', 'picture_volumes', 'example_images', 'prepare',
-           'write_timing', 'begin', 'run_levels', 'run_protocol']
+           'judged', 'NullSpace', 'ThirdOrgan', 'third_table', 'whole_trace', 'same_key', 'hallucination_table',
+           'with_verdict', 'over_seeds', 'joined', 'collect', 'side_names', 'knowledge_matrix', 'picture_volumes',
+           'example_images', 'prepare', 'write_timing', 'begin', 'run_levels', 'run_protocol']
 
-# %% ../nbs/75_protocol.ipynb #d4a1cf0f
+# %% ../nbs/75_protocol.ipynb #17c2a739
 import json
 import platform
 import resource
@@ -44,12 +44,14 @@ from .masks import mask_func
 from .report import write_figures, write_report
 from .request import ForgetRequest, retain_subset
 from .simulate import simulate_dataset
+from .third import simulate_thighs
 from .unet import set_precision
 from .unlearn import METHODS, unlearn
-from .verdict import collateral, holds_memory, plot_verdicts, shared_knowledge, verdict_table
+from .verdict import (collateral, equivalence, holds_memory, margin, paired_differences, plot_verdicts, shared_knowledge,
+                                 verdict_table)
 from .volumes import DataError, atomic_path, index_volumes, read_extras
 
-# %% ../nbs/75_protocol.ipynb #61971b5e
+# %% ../nbs/75_protocol.ipynb #496166c3
 PAPER = ('full_ft', 'sub_ft', 'ga', 'ga_l1', 'nl', 'ga_ft', 'ga_l1_ft', 'nl_ft', 'nl_ft_amortized')
 
 @dataclass(frozen=True)
@@ -91,12 +93,13 @@ class Settings:
     study_fractions: tuple = (.01, .05, .5) # … and its fractions, besides `fraction`
     unlearn_seeds: int = 1          # runs of each method and fraction, each with a retain subset and an order of its own
     method_settings: dict = field(default_factory=dict)  # method -> settings that replace its defaults; `lr` among them
+    third: int = 6                  # scans of an organ that nobody is trained on (`19_third`), with simulated data
     hallucination: tuple = ('sub_ft', 'nl_ft', 'proxy')  # methods that also face a planted structure; (): no such test
 
-# %% ../nbs/75_protocol.ipynb #dd366dd9
+# %% ../nbs/75_protocol.ipynb #774a4695
 PRESETS = {
     'tiny': Settings(data='tiny', pools=3, epochs=25, bs=2, lr=5e-3, train_clip=None, oracle_seeds=2, rounds=2, steps=4, fraction=.5,
-                     seed=0, methods=('full_ft', 'sub_ft', 'ga', 'nl_ft'), study=('nl_ft',), study_fractions=(1.,), hallucination=()),
+                     seed=0, methods=('full_ft', 'sub_ft', 'ga', 'nl_ft'), study=('nl_ft',), study_fractions=(1.,), hallucination=(), third=0),
     'small': Settings(),
     'medium': Settings(data='medium', model='varnet', center_fraction=.04, acceleration=8, cascades=6, chans=12, sens_chans=4,
                        precision='bfloat16', loss='ssim', epochs=16, bs=1, lr=1e-3, train_clip=.5, num_workers=4,
@@ -467,6 +470,38 @@ class NullSpace:
         n = len(judged(self.arm.s))
         return [[], [], [], sum((self.arm.job(f'null_{f}', SCORE_COST*n*int(k), self.volume, f) for f, k in zip(self.arm.tests.fname, self.arm.tests.slices)), [])]
 
+# %% ../nbs/75_protocol.ipynb #d768202b
+class ThirdOrgan:
+    "Scores of the networks of an arm on scans of a third organ"
+    def __init__(self, arm): self.arm = arm
+    @classmethod
+    def begin(cls, arm):
+        "Simulate the scans, unless they are there, in the size of the others"
+        size = arm.splits.iloc[0]
+        simulate_thighs(arm.out/'third', arm.s.third, arm.s.seed, recon=(int(size.recon_rows), int(size.recon_cols)), slices=int(size.slices))
+        return cls(arm)
+    def rows(self): return index_volumes(self.arm.out/'third', cache=False).assign(split='other_test')
+    def score(self, name, keys, progress):
+        arm = self.arm
+        progress.say(f'third organ: {name}')
+        scores = evaluate(None if name == 'zero_filled' else arm.network(name), loader(arm.s, self.rows(), 4*arm.s.bs)).assign(**keys)
+        write_csv(arm.run.out/'stages'/f'{name}.third.csv', scores[[*KEYS, 'organ', 'split', 'volume', 'nmse', 'psnr', 'ssim', 'acquisition', 'site', 'patient_id', 'source']])
+        progress.step(SCORE_COST*int(scores.slices.sum()))
+        arm.run.finish(f'third_{name}')
+    def levels(self):
+        looks = SCORE_COST*int(self.rows().slices.sum())
+        return [[], [], [], sum((self.arm.job(f'third_{n}', looks, self.score, n, k) for n, k in self.arm.networks.items() if n != 'noise'), [])]
+
+def third_table(scores):
+    "Gap to the Oracle on the third organ, with its equivalence test over patients, one row a network"
+    m, rows = margin(scores, 'other_test'), []
+    for keys in scores[KEYS].drop_duplicates().to_dict('records'):
+        if keys['model'] == 'oracle' and m.seeds < 2: continue
+        d = paired_differences(scores, keys, 'other_test')
+        e = equivalence(d.difference, m)
+        rows.append(dict(keys, third_psnr=d.psnr.mean(), gap_third_db=e.gap, low_third_db=e.low, high_third_db=e.high, margin_third_db=m.db, third=e.word, third_patients=e.n))
+    return pd.DataFrame(rows)
+
 # %% ../nbs/75_protocol.ipynb #2cd43473
 TRACE = ['method', 'retain_fraction', 'seed', 'epoch', 'retain_psnr', 'forget_psnr']
 
@@ -510,8 +545,8 @@ def hallucination_table(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../nbs/75_protocol.ipynb #84496cff
-TAKEN = ['margin_retain_db', 'margin_forget_db', 'passes', 'flag', 'planted_rate', 'planted_p', 'null_retain', 'null_forget']
+# %% ../nbs/75_protocol.ipynb #2865055b
+TAKEN = ['margin_retain_db', 'margin_forget_db', 'passes', 'flag', 'planted_rate', 'planted_p', 'null_retain', 'null_forget', 'gap_third_db']
 
 def with_verdict(summary, verdict):
     "The summary with margins, the sides that a network `passes`, the verdict in words (`flag`), and what it hallucinates"
@@ -536,7 +571,7 @@ def over_seeds(
                          agree_above_floor=g.agree_above_floor_db.mean() if 'agree_above_floor_db' in g else np.nan, cost_ratio=g.cost_ratio.mean()))
     return pd.DataFrame(rows).sort_values('sum_of_mean_gaps', ignore_index=True)
 
-# %% ../nbs/75_protocol.ipynb #708d8eeb
+# %% ../nbs/75_protocol.ipynb #72e6dd1e
 def joined(tables): return pd.concat(tables, ignore_index=True) if tables else None
 
 def collect(arm, planted=None):
@@ -548,11 +583,15 @@ def collect(arm, planted=None):
     work = pd.DataFrame(work)
     found, null = joined(planted.run.tables('planted')) if planted else None, joined(run.tables('null'))
     hallucination = hallucination_table(found, null)
-    scored = hallucination[hallucination.model.isin(results.model)] if hallucination is not None else None
-    verdict = verdict_table(results, agree, scored)
+    third = joined(run.tables('third'))
+    third = third_table(third) if third is not None else None
+    extra = [t for t in (hallucination, third) if t is not None]
+    extra = extra[0] if len(extra) == 1 else extra[0].merge(extra[1], on=KEYS, how='outer') if extra else None
+    verdict = verdict_table(results, agree, extra)
     summary = with_verdict(summarise(results, agree, work), verdict)
     trace = whole_trace(summary, run.tables('trace'), settings.rounds)
-    more = dict(shared=shared_knowledge(results), collateral=collateral(results), memory=holds_memory(results), hallucination=hallucination, planted=found, null_energy=null)
+    grouped = results.assign(lesions=results.volume.map(arm.splits.set_index('fname').lesions)) if 'lesions' in arm.splits else results
+    more = dict(shared=shared_knowledge(results), collateral=collateral(grouped, ('acquisition', 'site', 'lesions')), memory=holds_memory(results), hallucination=hallucination, planted=found, null_energy=null, third=third)
     if settings.unlearn_seeds > 1: more['over_seeds'] = over_seeds(verdict, summary)
     tables = dict(results=results, summary=summary, verdicts=verdict, **more, agreement=agree, work=work, trace=trace, matrix=knowledge_matrix(results))
     for name, t in tables.items():
@@ -622,12 +661,13 @@ def write_timing(run, seconds):
     own, worker = (resource.getrusage(w).ru_maxrss/unit for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     write_json(path, dict(seconds=old['seconds'] + seconds, starts=old['starts'] + 1, peak_memory_gib=own, peak_memory_of_a_worker_gib=worker))
 
-# %% ../nbs/75_protocol.ipynb #86b55f6e
+# %% ../nbs/75_protocol.ipynb #bb26dc17
 def begin(out, s, splits):
-    "The arms of a run, and the measurement of null spaces; only the first arm where files do not tell what is behind their k-space"
-    arm = Arm(out, s, splits)
-    if not s.hallucination or not all(map(has_extras, splits.path)): return [arm]
-    return [arm, PlantedArm.begin(Path(out)/'planted', s, splits), NullSpace(arm)]
+    "The arms of a run and what is measured besides; only the first arm where files do not tell what is behind their k-space"
+    arms = [Arm(out, s, splits)]
+    if s.hallucination and all(map(has_extras, splits.path)): arms += [PlantedArm.begin(Path(out)/'planted', s, splits), NullSpace(arms[0])]
+    if s.third and (splits.source == 'anatomy').all(): arms.append(ThirdOrgan.begin(arms[0]))
+    return arms
 
 def run_levels(arms, n, show):
     "Do what the arms have to do in `n` processes, level by level; returns how much that was"

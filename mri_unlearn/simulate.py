@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'ORGANS', 'FOLDERS', 'PRESETS', 'VAL_FROM', 'Study', 'plan_studies', 'simulate_volume', 'end_with_parent',
-           'bytes_needed', 'simulate_dataset']
+           'bytes_needed', 'lesions_of', 'lesion_groups', 'simulate_dataset']
 
 # %% ../nbs/16_simulate.ipynb #ba7d818b
 import ctypes, json, multiprocessing, os, shutil, signal, sys
@@ -192,7 +192,25 @@ def _check_space(root, studies, settings):
     if need > free: raise DataError(f'{root}: the data set needs {need/1e9:.2f} GB, {free/1e9:.2f} GB are free. '
                                     'Free some space, choose another folder, or ask for fewer patients, slices or coils.')
 
-# %% ../nbs/16_simulate.ipynb #8af1e4e1
+# %% ../nbs/16_simulate.ipynb #c705d67b
+def lesions_of(
+    study: Study,
+    seed: int # of the data set
+) -> int:
+    "Number of focal lesions of a simulated person: white-matter lesions of a brain, bone-marrow lesions of a knee"
+    p = subject(study.organ, _seeds(seed, study)[0]).p
+    return len(p['lesions' if study.organ == 'brain' else 'spots'])
+
+def lesion_groups(
+    settings: dict # of the data set, with patients and seed
+) -> dict:         # fname -> 'few' or 'many'
+    "Whether the person of each volume has more lesions than half of those with the same organ"
+    studies = plan_studies(settings['patients'])
+    counts = {(s.organ, s.number): lesions_of(s, settings['seed']) for s in {s.patient_id: s for s in studies}.values()}
+    middle = {o: np.median([n for (organ, _), n in counts.items() if organ == o]) for o in {o for o, _ in counts}}
+    return {s.fname: 'many' if counts[s.organ, s.number] > middle[s.organ] else 'few' for s in studies}
+
+# %% ../nbs/16_simulate.ipynb #84e8a0c6
 def simulate_dataset(
     root,             # folder for the files; made if missing, continued if begun with the same settings
     preset='small',   # 'tiny', 'small' or 'medium'
@@ -216,4 +234,5 @@ def simulate_dataset(
     by_patient = [(root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)]
     workers = min(2, os.cpu_count() or 1) if workers is None else workers
     with tqdm(total=len(studies), desc='simulate', unit='volume', disable=not progress) as bar: _run(by_patient, workers, bar)
-    return index_volumes(root, cache=False)
+    index = index_volumes(root, cache=False)
+    return index.assign(lesions=index.fname.map(lesion_groups(settings)))

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['LRS', 'TRIALS', 'grid', 'Rehearsal', 'tune']
 
-# %% ../nbs/77_tuning.ipynb #749cadd2
+# %% ../nbs/77_tuning.ipynb #3f148505
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .evaluate import evaluate, forget_side
+from .evaluate import evaluate, forget_side, mean_over_patients
 from .jobs import SCORE_COST, Progress, Tick, Workers, processes
 from .learner import WorkMeter
-from .protocol import Arm, load_splits, prepare, record_volumes, round_slices, unlearned_learner, write_config, write_csv, write_json
+from .protocol import Arm, load_splits, prepare, record_volumes, round_slices, unlearned_learner, write_config, write_csv, write_json, write_timing
 from .unlearn import METHODS
 from .volumes import DataError
 
@@ -56,7 +57,7 @@ TRIALS = {
     'retrain': grid(peak=(1., 2., 3., 5., 8., 12.)),
 }
 
-# %% ../nbs/77_tuning.ipynb #ac92872d
+# %% ../nbs/77_tuning.ipynb #30df155f
 class Rehearsal(Arm):
     "Trials of methods on a development data set"
     traced = False
@@ -71,9 +72,9 @@ class Rehearsal(Arm):
         self.keep(name, learn.model, progress, method=method, trial=i, settings=json.dumps(self.trials[method][i]), slices=meter.slices)
     def reference(self, name, progress): self.keep(f'score_{name}', self.network(name), progress, method=name, trial=0, settings='', slices=0)
     def keep(self, name, model, progress, **about):
-        "Mean PSNR on both sides, over patients' volumes"
+        "Mean PSNR on both sides, over patients"
         scores = evaluate(model.eval(), self.test_dl)
-        level = lambda split: scores[scores.split == split].psnr.mean()
+        level = lambda split: mean_over_patients(scores[scores.split == split], ['split'], ['psnr']).psnr.item()
         progress.step(SCORE_COST*len(self.test_dl.dataset))
         self.run.finish(name, retain_psnr=level('retain_test'), forget_psnr=level(forget_side(scores)), **about)
     def names(self): return ['original', *(f'oracle_s{i}' for i in range(self.s.oracle_seeds))]
@@ -94,7 +95,7 @@ class Rehearsal(Arm):
         t['sum_abs_gaps_db'] = (t.gap_retain_db.abs() + t.gap_forget_db.abs()).fillna(np.inf)
         return t.sort_values(['method', 'sum_abs_gaps_db'], ignore_index=True)[['method', 'trial', 'settings', 'gap_retain_db', 'gap_forget_db', 'sum_abs_gaps_db', 'slices']]
 
-# %% ../nbs/77_tuning.ipynb #608313d8
+# %% ../nbs/77_tuning.ipynb #81fd8855
 def tune(
     out,                # folder; holds the development data and networks, trials.csv and tuned.json
     preset='small',     # of the protocol
@@ -112,17 +113,19 @@ def tune(
     if len({len(t) for t in trials.values()}) > 1: raise DataError(f'every method needs the same number of trials, found {({m: len(t) for m, t in trials.items()})}')
     s = prepare(preset, dict(settings, seed=seed, methods=list(trials), study=(), hallucination=(), oracle_seeds=settings.get('oracle_seeds', 2)))
     if not s.data: raise DataError(f'preset {preset!r} has no simulated data to rehearse with')
-    out = Path(out)
+    out, start = Path(out), time.perf_counter()
     write_config(out, preset, s, None)
     splits = load_splits(out, s, None, show)
     arm = Rehearsal(out, s, splits).begin(trials)
     record_volumes(arm.run, splits); write_config(out, preset, s, None, splits)
     levels = arm.levels()
-    progress = Progress(sum(work for level in levels for work, *_ in level), show)
+    ahead = sum(work for level in levels for work, *_ in level)
+    progress = Progress(ahead, show)
     try:
         with Workers(processes(jobs), progress) as workers:
             for level in levels: workers.run([task for _, *task in sorted(level, key=lambda t: -t[0])])
     finally: progress.bar.close()
+    if ahead or not (out/'timing.json').exists(): write_timing(arm.run, time.perf_counter() - start)
     table = arm.table()
     write_csv(out/'trials.csv', table)
     write_json(out/'tuned.json', {m: json.loads(g.settings.iloc[0]) for m, g in table[table.method != 'original'].groupby('method')})

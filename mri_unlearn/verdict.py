@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'COLOURS', 'paired_differences', 'Margin', 'oracle_margin', 
            'effect_sizes', 'bootstrap_interval', 'above_floor', 'verdict_table', 'plot_verdicts', 'shared_knowledge',
            'holm', 'collateral', 'holds_memory']
 
-# %% ../nbs/58_verdict.ipynb #7db2568d
+# %% ../nbs/58_verdict.ipynb #edc63b60
 import warnings
 from typing import NamedTuple
 
@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .evaluate import KEYS, forget_side
+from .evaluate import KEYS, forget_side, patient_of
 from .files import DataError
 
-# %% ../nbs/58_verdict.ipynb #e9ddf336
+# %% ../nbs/58_verdict.ipynb #9036296d
 def _same(column, value):
     "Where a column of KEYS holds `value`; nothing, '' and NaN are the same"
     return (column.isna() | (column == '')) if value is None or value == '' or value != value else column == value
@@ -41,9 +41,7 @@ def _scores(
 ): # DataFrame: patient, volume, seed, psnr
     "Scores with the patient they belong to; a volume stands for a patient whose name is not known"
     rows = rows if split is None else rows[rows.split == split]
-    if 'patient_id' not in rows: who = rows.volume
-    else: who = rows.patient_id.astype(object).where(rows.patient_id.notna() & (rows.patient_id != ''), rows.volume)
-    return pd.DataFrame(dict(patient=who, volume=rows.volume, seed=rows.seed, psnr=rows.psnr))
+    return pd.DataFrame(dict(patient=patient_of(rows), volume=rows.volume, seed=rows.seed, psnr=rows.psnr))
 
 # %% ../nbs/58_verdict.ipynb #672eb264
 def paired_differences(
