@@ -52,7 +52,7 @@ class Messenger:
         self.queue.put((self.text, self.n))
         self.text, self.n, self.sent = None, 0, time.monotonic()
 
-# %% ../nbs/71_jobs.ipynb #c51652f3
+# %% ../nbs/71_jobs.ipynb #3324dac4
 def processes(
     n: int=None, # as asked for
 ): # number of processes
@@ -73,6 +73,7 @@ def _call(f, args):
     try: f(*args, progress=_begin.messenger)
     finally: _begin.messenger.send(now=True)
 
+# %% ../nbs/71_jobs.ipynb #a9515d35
 class Workers:
     "Processes for independent tasks; one process is this one"
     def __init__(self, n, progress):

@@ -446,10 +446,11 @@ class PlantedArm(Arm):
             [self.job(job_name(*j), jobs[job_name(*j)][0], self.unlearn, *j) for j in plan(self.s)], [],
             [self.job(f'score_{n}', looks, self.score, n, k) for n, k in self.networks.items()])]
 
-# %% ../nbs/75_protocol.ipynb #d5e4f00f
+# %% ../nbs/75_protocol.ipynb #d87a17e1
 def judged(s):
     "Networks whose null-space errors are measured: name -> key"
-    runs = {job_name(m, f, i): k for (m, f, i), k in zip(plan(s), unlearned(s).values()) if m in s.hallucination and i == 0 and f in (s.fraction, 0., 1.)}
+    first = [next((m, f, i) for m, f, i in plan(s) if m == name) for name in s.hallucination if name in s.methods]
+    runs = {job_name(m, f, i): key('unlearned', m, i, f) for m, f, i in first}
     return {n: k for n, k in trained(s).items() if n != 'forget_only'} | runs | {'zero_filled': key('zero_filled')}
 
 class NullSpace:
@@ -682,7 +683,7 @@ def run_levels(arms, n, show):
     finally: progress.bar.close()
     return ahead
 
-# %% ../nbs/75_protocol.ipynb #2100993b
+# %% ../nbs/75_protocol.ipynb #64c45314
 def run_protocol(
     preset: str='small',   # name in PRESETS
     out=None,              # folder of the run; default: runs/PRESET
@@ -706,7 +707,9 @@ def run_protocol(
     tables = collect(*[a for a in arms if isinstance(a, Arm)])
     example_images(run, s, splits)
     write_figures(run.out, s.fraction)
-    plots.save_figure(plot_verdicts(tables['verdicts']), run.out/'figures'/'verdicts.png')
+    v, main = tables['verdicts'], plan(replace(s, study=()))       # the picture has one run of each method
+    shown = ~v.model.eq('unlearned') | [(r.method, r.retain_fraction, r.seed) in main and r.seed == 0 for r in v.itertuples()] if s.unlearn_seeds > 1 else v.model.ne('')
+    plots.save_figure(plot_verdicts(v[shown].reset_index(drop=True)), run.out/'figures'/'verdicts.png')
     if ahead or not (run.out/'timing.json').exists(): write_timing(run, time.perf_counter() - start)
     write_report(run.out)
     return tables['summary']
