@@ -76,20 +76,21 @@ def show_images(
     for ax, x, t in zip(axs.flat, images, titles): _draw(ax, x, vmax, cmap, t)
     return fig
 
-# %% ../nbs/70_plots.ipynb #974801b7
+# %% ../nbs/70_plots.ipynb #8530b711
 def show_reconstructions(
     target, # fully sampled image [h, w]
     recons:dict, # name -> reconstruction [h, w], same units as the target
     error_share:float=.1, # share of the target's maximum at which the error maps saturate
     cols:int=6, # reconstructions in a row; more go into further rows
     size:float=1.7, # width of one image, inches
+    against:str='target', # what to call the first image
 )->Figure:
     "The target, the reconstructions, and beneath each of these its error map, all errors on one printed scale"
     target = _image(target)
     recons = {k: _image(x) for k, x in recons.items()}
     for k, x in recons.items():
         if x.shape != target.shape: raise ValueError(f'{k!r} has shape {x.shape}, the target {target.shape}')
-    top, names = target.max(), ['target', *recons]
+    top, names = target.max(), [against, *recons]
     cols, tall = min(cols, len(names)), target.shape[0]/target.shape[1]
     if not recons: raise ValueError('show_reconstructions needs at least one reconstruction')
     fig, axs = new_axes(2*-(-len(names)//cols), cols, (size, size*tall + .2))
@@ -102,7 +103,7 @@ def show_reconstructions(
         err = _draw(axs[2*r + 1, c], np.abs(recons[name] - target)/top, error_share, 'inferno')
     fig.set_size_inches(cols*size + .9, fig.get_figheight())  # room for the colour bar
     bar = fig.colorbar(err, ax=axs, shrink=.7, aspect=30, extend='max', format=lambda v, _: f'{100*v:.3g} %')
-    bar.set_label("absolute error, share of the target's maximum", fontsize=8)
+    bar.set_label(f"absolute {'error' if against == 'target' else 'difference'}, share of the {against}'s maximum", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     return fig
 

@@ -405,7 +405,7 @@ class Arm:
             [self.job(f'images_oracle_s{i}', tests, self.images, i) for i in range(s.oracle_seeds)],
             [self.job(f'score_{n}', looks, self.score, n, k) for n, k in self.networks.items()])]
 
-# %% ../nbs/75_protocol.ipynb #26b991c3
+# %% ../nbs/75_protocol.ipynb #d79d435d
 def has_extras(path):
     "Whether a file tells the object and the coils behind its k-space"
     try: read_extras(path, 'maps', 0), read_extras(path, 'object', 0)
@@ -425,9 +425,14 @@ class PlantedArm(Arm):
         if not all(f.exists() for f in files):
             p = planted_dataset(splits, out, mask=mask_of(s))
             for f, table in zip(files, (p.volumes, p.probes, p.places)): write_csv(f, table)
-        return cls(out, s, pd.read_csv(files[0]))
+        return cls(out, s, cls.table(out, 'volumes', 'data'))
+    @staticmethod
+    def table(out, name, folder):
+        "A table of volumes with paths that hold wherever the run is now"
+        t = pd.read_csv(out/f'{name}.csv')
+        return t.assign(path=[str(out/folder/r.folder/r.fname) for r in t.itertuples()])
     @cached_property
-    def planted(self): return Planted(self.splits, *(pd.read_csv(self.out/f'{n}.csv') for n in ('probes', 'places')), Structure(), mask_of(self.s))
+    def planted(self): return Planted(self.splits, self.table(self.out, 'probes', 'probe'), pd.read_csv(self.out/'places.csv'), Structure(), mask_of(self.s))
     @cached_property
     def probe_dl(self): return loader(self.s, self.planted.probes, 4*self.s.bs)
     @property
@@ -616,24 +621,28 @@ def knowledge_matrix(results):
             if len(v): rows.append(dict(trained_on=on, tested_on=names[side], psnr=v.psnr.mean(), ssim=v.ssim.mean(), psnr_sd=v.psnr.std(ddof=1)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/75_protocol.ipynb #ecee6fb7
+# %% ../nbs/75_protocol.ipynb #f59ca538
 def picture_volumes(splits):
     "One retain and one forget volume to show, the first test volume of each side"
     side = forget_side(splits)
     return {s: splits[splits.split == s].sort_values('fname').iloc[[0]] for s in ('retain_test', side)}
 
 def example_images(run, settings, splits):
-    "Figures of a slice: target, zero-filled, and what each network makes of it, with error maps"
+    "Figures of a slice: target, zero-filled, and what each network makes of it, with error maps; and how each differs from the Oracle"
     s = settings
     shown = [m for m in ('nl_ft', 'proxy', 'sub_ft', 'ga_ft') if m in s.methods][:2]
-    nets = {'zero-filled': None, 'Original': 'original', 'Oracle': 'oracle_s0', **{m: job_name(*next(j for j in plan(s) if j[0] == m)) for m in shown}}
+    nets = {'zero-filled': None, 'Original': 'original', 'Oracle': 'oracle_s0', **({'another Oracle': 'oracle_s1'} if s.oracle_seeds > 1 else {}), **{m: job_name(*next(j for j in plan(s) if j[0] == m)) for m in shown}}
     for split, rows in picture_volumes(splits).items():
         dl = loader(s, rows, s.bs)
         recons = {n: next(iter(reconstruct_volumes(precise(load_network(run.model(f)), s) if f else None, dl))) for n, f in nets.items()}
         i = int(rows.slices.iloc[0])//2
         target = next(iter(recons.values())).target[i].cpu().numpy()
-        fig = plots.show_reconstructions(target, {n: r.image[i].cpu().numpy() for n, r in recons.items()})
-        plots.save_figure(fig, run.out/'figures'/f'reconstructions_{split.split("_")[0]}.png')
+        images = {n: r.image[i].cpu().numpy() for n, r in recons.items()}
+        fig = plots.show_reconstructions(target, {n: im for n, im in images.items() if n != 'another Oracle'})
+        side = split.split('_')[0]
+        plots.save_figure(fig, run.out/'figures'/f'reconstructions_{side}.png')
+        fig = plots.show_reconstructions(images.pop('Oracle'), images, against='Oracle')
+        plots.save_figure(fig, run.out/'figures'/f'differences_{side}.png')
 
 # %% ../nbs/75_protocol.ipynb #882fc529
 def prepare(preset, overrides):
@@ -683,7 +692,7 @@ def run_levels(arms, n, show):
     finally: progress.bar.close()
     return ahead
 
-# %% ../nbs/75_protocol.ipynb #64c45314
+# %% ../nbs/75_protocol.ipynb #dc5928a5
 def run_protocol(
     preset: str='small',   # name in PRESETS
     out=None,              # folder of the run; default: runs/PRESET
@@ -708,7 +717,8 @@ def run_protocol(
     example_images(run, s, splits)
     write_figures(run.out, s.fraction)
     v, main = tables['verdicts'], plan(replace(s, study=()))       # the picture has one run of each method
-    shown = ~v.model.eq('unlearned') | [(r.method, r.retain_fraction, r.seed) in main and r.seed == 0 for r in v.itertuples()] if s.unlearn_seeds > 1 else v.model.ne('')
+    extra = [r.model == 'unlearned' and ((r.method, r.retain_fraction, r.seed) not in main or r.seed > 0) for r in v.itertuples()]
+    shown = ~np.array(extra) if s.unlearn_seeds > 1 else np.ones(len(v), bool)
     plots.save_figure(plot_verdicts(v[shown].reset_index(drop=True)), run.out/'figures'/'verdicts.png')
     if ahead or not (run.out/'timing.json').exists(): write_timing(run, time.perf_counter() - start)
     write_report(run.out)

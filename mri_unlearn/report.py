@@ -225,7 +225,7 @@ def _simulated(run):
     sources = _sources(run)
     return 'measured' not in sources if sources else None
 
-# %% ../nbs/72_report.ipynb #fa9ea5f3
+# %% ../nbs/72_report.ipynb #dc8f1617
 FIGURES = {
     'data': 'Examples of the data, fully sampled.',
     'masks': 'Which phase-encoding lines were measured (white).',
@@ -238,6 +238,8 @@ FIGURES = {
     'trace': 'PSNR over the epochs of unlearning; dashed: the level of the Oracle. The reported epoch was fixed beforehand.',
     'reconstructions_retain': 'Reconstructions of a retain test slice and their errors, all errors on one scale.',
     'reconstructions_forget': 'Reconstructions of a forget test slice and their errors, all errors on one scale.',
+    'differences_retain': 'A retain test slice: how the image of each network differs from an Oracle\'s; another Oracle shows what the seed alone does.',
+    'differences_forget': 'The same for a forget test slice.',
     'losses': 'Training and validation loss of the networks.',
 }
 
@@ -309,7 +311,7 @@ pair of columns what it was tested on: PSNR (mean over volumes ± standard devia
 {{ t.table(matrix.head, matrix.rows, ['trained on']) }}{% if share %}<p>{{ share }}</p>{% endif %}{{ figures(['knowledge_matrix']) }}
 {% else %}<p>This run did not measure it.</p>{% endif %}'''
 
-# %% ../nbs/72_report.ipynb #96b63c9f
+# %% ../nbs/72_report.ipynb #5bce043b
 TEMPLATES['verdict'] = '''<h2 id="result">The result</h2>
 <p>The verdict follows from a rule fixed beforehand. {% if tested %}A network <em>passes</em> a side when two one-sided t-tests over patients (level 5 %) show
 that its mean difference to the Oracles lies within a margin. The margin is where one more Oracle would be expected in 19 of 20 cases, at least {{ tolerance }} dB
@@ -325,7 +327,7 @@ seeds ({{ band }}) or {{ tolerance }} dB, whichever is more; a network with both
 {{ t.table(result.head, result.rows, ['network', 'verdict'], result.classes) }}
 <p class="note">Nearest to the Oracle first. Grey rows are references and controls; green rows are at the oracle. Empty cells do not apply.</p>
 <h3>What the columns mean</h3>{{ t.table(['column', 'meaning', 'good'], meanings, ['column', 'meaning', 'good']) }}
-{{ figures(['gap_plane', 'verdicts', 'retain_fraction', 'trace', 'reconstructions_retain', 'reconstructions_forget']) }}'''
+{{ figures(['gap_plane', 'verdicts', 'retain_fraction', 'trace', 'reconstructions_retain', 'reconstructions_forget', 'differences_retain', 'differences_forget']) }}'''
 
 TEMPLATES['invented'] = '''<h2 id="invented">What is invented</h2>
 {% if invented %}<p>A network fills in what was not measured from what it has seen. Two checks ask whether it fills in what it should have forgotten. <em>Planted</em>: in
