@@ -8,7 +8,7 @@ __all__ = ['fft1c', 'ifft1c', 'to_rows', 'encode', 'decode', 'Space', 'measurabl
            'Structure', 'draw_mark', 'draw_stripes', 'template', 'body_of', 'choose_places', 'match', 'detect', 'plant',
            'Planted', 'planted_dataset', 'planted_scores', 'detection_rate', 'rates_differ']
 
-# %% ../nbs/65_hallucination.ipynb #60d960e1
+# %% ../nbs/65_hallucination.ipynb #8f7974a4
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import ndimage, signal, stats
+from tqdm import tqdm
 
 from .evaluate import reconstruct_volumes
 from .files import DataError, padding_in, read_array, read_extras, read_header, read_meta, read_slice, read_target, rss_target, write_volume
@@ -278,7 +279,7 @@ def plant(
 
 def _image(kspace): return ifft2c(torch.as_tensor(kspace)).numpy()
 
-# %% ../nbs/65_hallucination.ipynb #10f98511
+# %% ../nbs/65_hallucination.ipynb #3a3da335
 class Planted(NamedTuple):
     "A data set with a planted structure"
     volumes: pd.DataFrame  # as `split_volumes` gives it: forget volumes with marks and stripes, retain volumes untouched
@@ -306,6 +307,7 @@ def planted_dataset(
     s=Structure(),  # what to plant
     mask=None,      # from `fixed_mask`, the one to train and test with; default: equispaced, 4×, centre 0.08
     seed=0,         # of the places
+    progress=False, # show a bar
 ): # Planted
     "Plant a structure into all forget volumes; raises `DataError` for files without extras and for a mask that is not fixed"
     mask, out, volumes, probes, places = mask or fixed_mask(mask_func('equispaced', [.08], [4])), Path(out), [], [], []
@@ -313,7 +315,7 @@ def planted_dataset(
     def planted(row, to, stripes):
         places.extend(plant(row['path'], to, s, mask, stripes, seed))
         return row | dict(path=str(to), max=read_meta(to).attrs['max'])
-    for row in splits.to_dict('records'):
+    for row in tqdm(splits.to_dict('records'), desc='plant', unit='volume', disable=not progress):
         to = out/'data'/row['folder']/row['fname']
         if row['split'].startswith('forget'): volumes.append(planted(row, to, True))
         else: _link(row['path'], to); volumes.append(row | dict(path=str(to)))

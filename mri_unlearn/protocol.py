@@ -405,7 +405,7 @@ class Arm:
             [self.job(f'images_oracle_s{i}', tests, self.images, i) for i in range(s.oracle_seeds)],
             [self.job(f'score_{n}', looks, self.score, n, k) for n, k in self.networks.items()])]
 
-# %% ../nbs/75_protocol.ipynb #d79d435d
+# %% ../nbs/75_protocol.ipynb #c53a2322
 def has_extras(path):
     "Whether a file tells the object and the coils behind its k-space"
     try: read_extras(path, 'maps', 0), read_extras(path, 'object', 0)
@@ -418,12 +418,12 @@ class PlantedArm(Arm):
     "The same with a structure planted into all forget volumes; looks for it in retain reconstructions"
     title, traced = 'planted: ', False
     @classmethod
-    def begin(cls, out, s, splits, progress=None):
+    def begin(cls, out, s, splits, progress=False):
         "The arm in the folder `out`, with its data set, which is written unless it is there"
         s, out = planted_settings(s), Path(out)
         files = [out/f'{n}.csv' for n in ('volumes', 'probes', 'places')]
         if not all(f.exists() for f in files):
-            p = planted_dataset(splits, out, mask=mask_of(s))
+            p = planted_dataset(splits, out, mask=mask_of(s), progress=progress)
             for f, table in zip(files, (p.volumes, p.probes, p.places)): write_csv(f, table)
         return cls(out, s, cls.table(out, 'volumes', 'data'))
     @staticmethod
@@ -671,11 +671,11 @@ def write_timing(run, seconds):
     own, worker = (resource.getrusage(w).ru_maxrss/unit for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     write_json(path, dict(seconds=old['seconds'] + seconds, starts=old['starts'] + 1, peak_memory_gib=own, peak_memory_of_a_worker_gib=worker))
 
-# %% ../nbs/75_protocol.ipynb #bb26dc17
-def begin(out, s, splits):
+# %% ../nbs/75_protocol.ipynb #ec01d1c7
+def begin(out, s, splits, show=False):
     "The arms of a run and what is measured besides; only the first arm where files do not tell what is behind their k-space"
     arms = [Arm(out, s, splits)]
-    if s.hallucination and all(map(has_extras, splits.path)): arms += [PlantedArm.begin(Path(out)/'planted', s, splits), NullSpace(arms[0])]
+    if s.hallucination and all(map(has_extras, splits.path)): arms += [PlantedArm.begin(Path(out)/'planted', s, splits, show), NullSpace(arms[0])]
     if s.third and (splits.source == 'anatomy').all(): arms.append(ThirdOrgan.begin(arms[0]))
     return arms
 
@@ -692,7 +692,7 @@ def run_levels(arms, n, show):
     finally: progress.bar.close()
     return ahead
 
-# %% ../nbs/75_protocol.ipynb #dc5928a5
+# %% ../nbs/75_protocol.ipynb #f4cdec20
 def run_protocol(
     preset: str='small',   # name in PRESETS
     out=None,              # folder of the run; default: runs/PRESET
@@ -711,7 +711,7 @@ def run_protocol(
     run = Run(out)
     record_volumes(run, splits)
     write_config(out, preset, s, data, splits)
-    arms = begin(out, s, splits)
+    arms = begin(out, s, splits, show)
     ahead = run_levels(arms, processes(jobs), show)
     tables = collect(*[a for a in arms if isinstance(a, Arm)])
     example_images(run, s, splits)
