@@ -12,7 +12,8 @@ __all__ = ['PAPER', 'PRESETS', 'VARNET', 'TRACE', 'TAKEN', 'Settings', 'full', '
            'with_verdict', 'over_seeds', 'joined', 'collect', 'side_names', 'knowledge_matrix', 'picture_volumes',
            'example_images', 'prepare', 'write_timing', 'begin', 'run_levels', 'run_protocol']
 
-# %% ../nbs/75_protocol.ipynb #17c2a739
+# %% ../nbs/75_protocol.ipynb #7d182af8
+import inspect
 import json
 import platform
 import resource
@@ -405,14 +406,14 @@ class Arm:
             [self.job(f'images_oracle_s{i}', tests, self.images, i) for i in range(s.oracle_seeds)],
             [self.job(f'score_{n}', looks, self.score, n, k) for n, k in self.networks.items()])]
 
-# %% ../nbs/75_protocol.ipynb #c53a2322
+# %% ../nbs/75_protocol.ipynb #581dc23e
 def has_extras(path):
     "Whether a file tells the object and the coils behind its k-space"
     try: read_extras(path, 'maps', 0), read_extras(path, 'object', 0)
     except DataError: return False
     return True
 
-def planted_settings(s): return replace(s, fixed_mask=True, methods=s.hallucination, study=(), unlearn_seeds=1, oracle_seeds=min(s.oracle_seeds, 2))
+def planted_settings(s): return replace(s, fixed_mask=True, methods=tuple(m for m in s.hallucination if m in s.methods), study=(), unlearn_seeds=1, oracle_seeds=min(s.oracle_seeds, 2))
 
 class PlantedArm(Arm):
     "The same with a structure planted into all forget volumes; looks for it in retain reconstructions"
@@ -476,15 +477,15 @@ class NullSpace:
         n = len(judged(self.arm.s))
         return [[], [], [], sum((self.arm.job(f'null_{f}', SCORE_COST*n*int(k), self.volume, f) for f, k in zip(self.arm.tests.fname, self.arm.tests.slices)), [])]
 
-# %% ../nbs/75_protocol.ipynb #d768202b
+# %% ../nbs/75_protocol.ipynb #05a251da
 class ThirdOrgan:
     "Scores of the networks of an arm on scans of a third organ"
     def __init__(self, arm): self.arm = arm
     @classmethod
-    def begin(cls, arm):
+    def begin(cls, arm, progress=False):
         "Simulate the scans, unless they are there, in the size of the others"
         size = arm.splits.iloc[0]
-        simulate_thighs(arm.out/'third', arm.s.third, arm.s.seed, recon=(int(size.recon_rows), int(size.recon_cols)), slices=int(size.slices))
+        simulate_thighs(arm.out/'third', arm.s.third, arm.s.seed, recon=(int(size.recon_rows), int(size.recon_cols)), slices=int(size.slices), progress=progress)
         return cls(arm)
     def rows(self): return index_volumes(self.arm.out/'third', cache=False).assign(split='other_test')
     def score(self, name, keys, progress):
@@ -520,7 +521,7 @@ def whole_trace(summary, between, rounds):
     if not parts: return None
     return pd.concat([*parts, *[t for t in between if len(t)]]).sort_values(['method', 'retain_fraction', 'seed', 'epoch'])[TRACE]
 
-# %% ../nbs/75_protocol.ipynb #2405d82e
+# %% ../nbs/75_protocol.ipynb #4dc97b6b
 def same_key(table, keys):
     "Rows of `table` that belong to one network"
     return np.logical_and.reduce([table[k].isna() | (table[k] == '') if keys[k] == '' or keys[k] != keys[k] else table[k] == keys[k] for k in KEYS])
@@ -536,13 +537,13 @@ def hallucination_table(
     for keys in pd.concat([t[KEYS] for t in tables]).drop_duplicates().to_dict('records'):
         row = dict(keys)
         if planted is not None and len(planted):
-            of = lambda keys: planted[same_key(planted, keys)].set_index('volume').sort_index()
+            of = lambda keys: planted[same_key(planted, keys)].groupby('patient_id')[['at_marks', 'strength']].mean()
             control, mine = of(key('oracle')), of(keys)
             other = of(key('oracle', seed=1))
             if len(mine):
                 r = detection_rate(mine.at_marks, control.at_marks)
                 other = other if len(other) else control
-                row |= dict(planted_rate=r['rate'], planted_low=r['low'], planted_high=r['high'], planted_volumes=r['n'], planted_threshold=r['threshold'],
+                row |= dict(planted_rate=r['rate'], planted_low=r['low'], planted_high=r['high'], planted_patients=r['n'], planted_threshold=r['threshold'],
                             planted_strength=mine.strength.mean(), planted_p=rates_differ(mine.at_marks > r['threshold'], other.at_marks > r['threshold']))
         if null is not None and len(null):
             e = null[same_key(null, keys)]
@@ -551,15 +552,15 @@ def hallucination_table(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../nbs/75_protocol.ipynb #2865055b
+# %% ../nbs/75_protocol.ipynb #701a2f43
 TAKEN = ['margin_retain_db', 'margin_forget_db', 'passes', 'flag', 'planted_rate', 'planted_p', 'null_retain', 'null_forget', 'gap_third_db']
 
 def with_verdict(summary, verdict):
     "The summary with margins, the sides that a network `passes`, the verdict in words (`flag`), and what it hallucinates"
-    key = lambda r: tuple('' if pd.isna(r[k]) else r[k] for k in KEYS)
+    named = lambda r: tuple('' if pd.isna(r[k]) else r[k] for k in KEYS)
     sides = lambda r: [s for s in ('retain', 'forget') if r.get(f'passes_{s}')]
-    rows = {key(r): r | dict(passes={2: 'both'}.get(len(sides(r)), ''.join(sides(r)) or 'none'), flag=r['verdict']) for r in verdict.to_dict('records')}
-    return summary.assign(**{c: [rows[key(r)].get(c) for r in summary.to_dict('records')] for c in TAKEN if c in verdict or c in ('passes', 'flag')})
+    rows = {named(r): r | dict(passes={2: 'both'}.get(len(sides(r)), ''.join(sides(r)) or 'none'), flag=r['verdict']) for r in verdict.to_dict('records')}
+    return summary.assign(**{c: [rows[named(r)].get(c) for r in summary.to_dict('records')] for c in TAKEN if c in verdict or c in ('passes', 'flag')})
 
 # %% ../nbs/75_protocol.ipynb #27ac8439
 def over_seeds(
@@ -577,7 +578,7 @@ def over_seeds(
                          agree_above_floor=g.agree_above_floor_db.mean() if 'agree_above_floor_db' in g else np.nan, cost_ratio=g.cost_ratio.mean()))
     return pd.DataFrame(rows).sort_values('sum_of_mean_gaps', ignore_index=True)
 
-# %% ../nbs/75_protocol.ipynb #72e6dd1e
+# %% ../nbs/75_protocol.ipynb #edebdccb
 def joined(tables): return pd.concat(tables, ignore_index=True) if tables else None
 
 def collect(arm, planted=None):
@@ -588,6 +589,7 @@ def collect(arm, planted=None):
         if run.done(name): work.append({**k, **{n: v for n, v in run.read(name).items() if n in ('slices', 'seconds', 'retain_volumes')}})
     work = pd.DataFrame(work)
     found, null = joined(planted.run.tables('planted')) if planted else None, joined(run.tables('null'))
+    if found is not None: found = found.assign(patient_id=found.volume.map(planted.splits.set_index('fname').patient_id))
     hallucination = hallucination_table(found, null)
     third = joined(run.tables('third'))
     third = third_table(third) if third is not None else None
@@ -644,7 +646,7 @@ def example_images(run, settings, splits):
         fig = plots.show_reconstructions(images.pop('Oracle'), images, against='Oracle')
         plots.save_figure(fig, run.out/'figures'/f'differences_{side}.png')
 
-# %% ../nbs/75_protocol.ipynb #882fc529
+# %% ../nbs/75_protocol.ipynb #239adbf6
 def prepare(preset, overrides):
     "Settings of a preset with some of them replaced, checked"
     if preset not in PRESETS: raise DataError(f'unknown preset {preset!r}: expected one of {", ".join(PRESETS)}')
@@ -657,6 +659,9 @@ def prepare(preset, overrides):
         if getattr(s, name) not in known: raise DataError(f'unknown {name} {getattr(s, name)!r}: expected one of {", ".join(map(repr, known))}')
     bad = [m for m in (*s.methods, *s.hallucination, *s.method_settings) if m not in METHODS]
     if bad: raise DataError(f'unknown method {bad[0]!r}: expected some of {", ".join(METHODS)}')
+    for m, own in s.method_settings.items():
+        try: inspect.signature(METHODS[m].make).bind(**{k: v for k, v in own.items() if k != 'lr'})
+        except TypeError as e: raise DataError(f'settings of {m}: {e}; it takes lr and {inspect.signature(METHODS[m].make)}') from e
     for f in (s.fraction, *s.study_fractions):
         if not 0 < f <= 1: raise DataError(f'retain fraction {f} is not allowed: expected a number above 0 and at most 1')
     if s.unlearn_seeds < 1: raise DataError('each method has to run at least once: unlearn_seeds is 1 or more')
@@ -671,12 +676,12 @@ def write_timing(run, seconds):
     own, worker = (resource.getrusage(w).ru_maxrss/unit for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     write_json(path, dict(seconds=old['seconds'] + seconds, starts=old['starts'] + 1, peak_memory_gib=own, peak_memory_of_a_worker_gib=worker))
 
-# %% ../nbs/75_protocol.ipynb #ec01d1c7
+# %% ../nbs/75_protocol.ipynb #88fc2412
 def begin(out, s, splits, show=False):
     "The arms of a run and what is measured besides; only the first arm where files do not tell what is behind their k-space"
     arms = [Arm(out, s, splits)]
     if s.hallucination and all(map(has_extras, splits.path)): arms += [PlantedArm.begin(Path(out)/'planted', s, splits, show), NullSpace(arms[0])]
-    if s.third and (splits.source == 'anatomy').all(): arms.append(ThirdOrgan.begin(arms[0]))
+    if s.third and (splits.source == 'anatomy').all(): arms.append(ThirdOrgan.begin(arms[0], show))
     return arms
 
 def run_levels(arms, n, show):

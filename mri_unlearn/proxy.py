@@ -6,7 +6,7 @@
 __all__ = ['BOTTLENECK', 'PARTS', 'in_part', 'redraw', 'one_cycle', 'train_proxy', 'mirrored', 'Mirror', 'OneCycle', 'Movable',
            'rms_distance', 'KeepImages', 'ProxyMatch', 'proxy', 'FromScratch', 'retrain']
 
-# %% ../nbs/52_proxy.ipynb #ae950ea3
+# %% ../nbs/52_proxy.ipynb #c5eeb276
 import re
 from copy import deepcopy
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from .data import ReconDL, Targets
 from .learner import seeded, to_image
-from .methods import FORWARD, Teacher, TeacherTerm, rows_of, spend
+from .methods import FORWARD, Teacher, TeacherTerm, image_difference, rows_of, spend
 from .unlearn import BatchPlan, RetainDescent, method
 from .volumes import DataError
 
@@ -93,7 +93,7 @@ class OneCycle(Callback):
     def before_batch(self):
         if self.training: self.opt.set_hyper('lr', self.schedule(min(self.pct_train, 1.)))
 
-# %% ../nbs/52_proxy.ipynb #b8c63d31
+# %% ../nbs/52_proxy.ipynb #0f9b1b87
 class Movable(Callback):
     "Lets only one part of the network move"
     order = 15
@@ -106,13 +106,9 @@ class Movable(Callback):
         for p in self.held: p.requires_grad_(True)
         self.held = []
 
-def rms_distance(
-    a, b,        # outputs of a network, or images [B, h, w] in the units of the file
-    y: Targets,  # of the same slices
-): # float [B]
+def rms_distance(a, b, y): # as in `image_difference` -> float [B]
     "Root mean square of a - b over the image, in standard deviations of the zero-filled slice; its gradient is 0 where both are equal"
-    apart = (to_image(a, y) - to_image(b, y))/y.std[:, None, None]
-    return (apart.square().mean((1, 2)) + 1e-6).sqrt()
+    return (image_difference(a, b, y).square().mean((1, 2)) + 1e-6).sqrt()
 
 # %% ../nbs/52_proxy.ipynb #1c331c7c
 class KeepImages(TeacherTerm):

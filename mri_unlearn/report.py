@@ -29,7 +29,7 @@ class Column(NamedTuple):
     meaning:str # in words
     good:str # which direction is good
 
-# %% ../nbs/72_report.ipynb #16085987
+# %% ../nbs/72_report.ipynb #260634ea
 COLUMNS = [Column(*c) for c in [
     ('network', '', '', 'Original: trained on all data. Oracle: trained from scratch without the forget data. '
      'Otherwise: the Original after the method of that name', ''),
@@ -48,7 +48,7 @@ COLUMNS = [Column(*c) for c in [
      'high; two Oracles agree only as far as the row of the Oracle says'),
     ('agreement on forget, dB', 'agree_forget_db', '.1f', 'the same on forget test volumes', 'high'),
     ('passes', 'passes', '', 'sides on which an equivalence test over patients finds the network at the Oracle', 'both'),
-    ('planted', 'planted_rate', '.0%', 'share of retain test volumes into which the network puts a structure that only forget volumes had; its own experiment, with its own networks', '0 %'),
+    ('planted', 'planted_rate', '.0%', 'share of retain test patients into whose images the network puts a structure that only forget volumes had; its own experiment, with its own networks', '0 %'),
     ('null-space error', 'null_forget', '.2%', "energy of the error on forget test volumes that the measured data say nothing about, relative to the object's", 'like the Oracle'),
     ('third organ gap, dB', 'gap_third_db', '+.2f', 'PSNR minus that of the Oracle on an organ that no network was trained on', '0'),
     ('cost', 'cost_ratio', '.3f', 'slices trained on, relative to training one Oracle', 'well below 1'),
@@ -311,7 +311,7 @@ pair of columns what it was tested on: PSNR (mean over volumes ± standard devia
 {{ t.table(matrix.head, matrix.rows, ['trained on']) }}{% if share %}<p>{{ share }}</p>{% endif %}{{ figures(['knowledge_matrix']) }}
 {% else %}<p>This run did not measure it.</p>{% endif %}'''
 
-# %% ../nbs/72_report.ipynb #5bce043b
+# %% ../nbs/72_report.ipynb #e77aa662
 TEMPLATES['verdict'] = '''<h2 id="result">The result</h2>
 <p>The verdict follows from a rule fixed beforehand. {% if tested %}A network <em>passes</em> a side when two one-sided t-tests over patients (level 5 %) show
 that its mean difference to the Oracles lies within a margin. The margin is where one more Oracle would be expected in 19 of 20 cases, at least {{ tolerance }} dB
@@ -332,7 +332,7 @@ seeds ({{ band }}) or {{ tolerance }} dB, whichever is more; a network with both
 TEMPLATES['invented'] = '''<h2 id="invented">What is invented</h2>
 {% if invented %}<p>A network fills in what was not measured from what it has seen. Two checks ask whether it fills in what it should have forgotten. <em>Planted</em>: in
 an experiment of its own, a pattern was drawn into all forget volumes, in lines of k-space that the sampling mask never takes, so that it can only
-come from memory. In how many retain test volumes does a network show it, beyond the highest value that one Oracle reaches by chance? (With its exact 95 % interval, and
+come from memory. In how many retain test patients does a network show it, beyond the highest value that one Oracle reaches by chance, and beyond a score of 0.1? (With its exact 95 % interval, and
 the probability of a difference as large as that to another Oracle by chance.) <em>Null-space error</em>: the energy of that part of the error which the measured data
 cannot contradict, relative to the object's.</p>{{ t.table(invented.head, invented.rows, ['network']) }}
 {% else %}<p>This run did not measure it: the files do not tell what is behind their k-space.</p>{% endif %}'''
@@ -419,13 +419,13 @@ def _cost(summary):
     order = table.cost.map(lambda x: float(x) if x else math.inf).sort_values(kind='stable').index
     return table.loc[order, ['network', 'retain data', 'cost', 'seconds']]
 
-# %% ../nbs/72_report.ipynb #b1b58a27
+# %% ../nbs/72_report.ipynb #8b124279
 def _invented(extra):
     "Planted structure and null-space errors as a frame of strings; None where they were not measured"
     h = extra.hallucination
     if h is None or not len(h): return None
     h = h[h.model.ne('target')]
-    row = lambda r: {'network': r['name'], 'planted: volumes': '' if pd.isna(r.get('planted_rate')) else f"{round(r['planted_rate']*r['planted_volumes'])} of {r['planted_volumes']:.0f}",
+    row = lambda r: {'network': r['name'], 'planted: patients': '' if pd.isna(r.get('planted_rate')) else f"{round(r['planted_rate']*r['planted_patients'])} of {r['planted_patients']:.0f}",
         'interval': '' if pd.isna(r.get('planted_rate')) else f"{r['planted_low']:.0%} to {r['planted_high']:.0%}", 'p': '' if pd.isna(r.get('planted_p')) else f"{r['planted_p']:.2g}",
         'strength': '' if pd.isna(r.get('planted_strength')) else f"{r['planted_strength']:.2f}".replace('-', '−'),
         'null-space error, retain': f"{r['null_retain']:.2%}" if r['null_retain'] == r['null_retain'] else '', 'null-space error, forget': f"{r['null_forget']:.2%}" if r['null_forget'] == r['null_forget'] else ''}

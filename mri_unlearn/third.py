@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['thigh_person', 'thigh_fields', 'thigh_paint', 'thigh', 'ThighStudy', 'simulate_thighs']
 
-# %% ../nbs/19_third.ipynb #149ac5dc
+# %% ../nbs/19_third.ipynb #e509176c
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from .anatomy import Painter, Subject, _affine, rods
 from .scanner import CONTRASTS, SITES, Contrast
@@ -58,7 +59,7 @@ def thigh(seed): # int or sequence of ints -> Subject
     "A thigh; the same seed gives the same one"
     return Subject('thigh', [3, *np.atleast_1d(np.asarray(seed, np.int64)).tolist()], thigh_person, thigh_fields, thigh_paint)
 
-# %% ../nbs/19_third.ipynb #1cfbec9d
+# %% ../nbs/19_third.ipynb #94293d97
 @dataclass(frozen=True)
 class ThighStudy(Study):
     "One volume of a thigh"
@@ -69,13 +70,13 @@ def simulate_thighs(
     root,          # folder of the files; those that are there are kept
     n=6,           # thighs, one volume each, sites and contrasts in turn
     seed=0,
-    *, recon=(96, 96), slices=4, coils=None, # as in `simulate_dataset`
+    *, recon=(96, 96), slices=4, coils=None, progress=False, # as in `simulate_dataset`
 ): # the index of the folder
     "Simulate scans of thighs. The same seed and settings give the same bytes"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                       # sums depend on the number of threads in their last bits
     try:
-        for i in range(n):
+        for i in tqdm(range(n), desc='third organ', unit='volume', disable=not progress):
             s = ThighStudy('thigh', '', i + 1, list(SITES)[i % len(SITES)], ('LEGT1', 'LEGPD')[i//len(SITES) % 2], 0)
             path = Path(root)/s.fname
             if path.exists(): continue
