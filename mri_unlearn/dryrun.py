@@ -60,7 +60,7 @@ def peak_gib():
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform == 'darwin' else 2**20)
 
-# %% ../nbs/76_dryrun.ipynb #0260928c
+# %% ../nbs/76_dryrun.ipynb #46be43d1
 def timed_steps(
     s: Settings,
     volume: pd.DataFrame, # one row of an index
@@ -74,12 +74,12 @@ def timed_steps(
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4)
     memory, times = peak_gib(), []
     learn.model.eval()
-    for _ in range(n):
-        start = watch._now()
-        with torch.no_grad():
-            for b in ReconDL(SliceDataset(volume, mask_of(s), input=input_kind(s)), bs=s.bs, order=lambda e: [[0]*s.bs]): learn.model(*b[:dls.n_inp])
-        times.append((watch._now() - start)/s.bs)
-    return dict(train_s=float(np.median(watch.seconds[1:]))/s.bs, score_s=float(np.median(times)), memory_gib=memory)
+    with torch.no_grad():
+        last = watch._now()
+        for b in ReconDL(SliceDataset(volume, mask_of(s), input=input_kind(s)), bs=s.bs, order=lambda e: [[0]*s.bs]*(n + 1)):
+            learn.model(*b[:dls.n_inp])
+            times.append(watch._now() - last); last += times[-1]
+    return dict(train_s=float(np.median(watch.seconds[1:]))/s.bs, score_s=float(np.median(times[1:]))/s.bs, memory_gib=memory)
 
 # %% ../nbs/76_dryrun.ipynb #ac478343
 def samples(volumes, s):
