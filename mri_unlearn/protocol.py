@@ -52,7 +52,7 @@ from .verdict import (collateral, equivalence, holds_memory, margin, paired_diff
                                  verdict_table)
 from .volumes import DataError, atomic_path, index_volumes, read_extras
 
-# %% ../nbs/75_protocol.ipynb #496166c3
+# %% ../nbs/75_protocol.ipynb #4e0428ad
 PAPER = ('full_ft', 'sub_ft', 'ga', 'ga_l1', 'nl', 'ga_ft', 'ga_l1_ft', 'nl_ft', 'nl_ft_amortized')
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Settings:
     sens_pools: int = 4
     precision: str = ''             # 'bfloat16': inside of the networks, for GPUs; '': float32 everywhere
     loss: str = 'l1'                # of all networks and all methods
-    epochs: int = 10                # of Original, Oracle and the network of the forget set
+    epochs: int = 16                # of Original, Oracle and the network of the forget set
     bs: int = 1
     lr: float = 2e-3
     schedule: str = 'one_cycle'     # lr is its peak; or 'constant'
@@ -84,7 +84,7 @@ class Settings:
     num_workers: int = 0            # processes that read files
     oracle_seeds: int = 3
     rounds: int = 3                 # of unlearning; the last one is what counts
-    steps: int = 10                 # of the optimiser in a round; None: one pass over what the method may see
+    steps: int = 16                 # of the optimiser in a round; None: one pass over what the method may see
     unlearn_bs: int = 4             # slices in a batch of unlearning
     unlearn_lr: float = 1e-3        # constant, as in the paper
     clip: float = .5                # of the gradient's norm while unlearning, as in the paper

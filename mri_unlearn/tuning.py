@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LRS', 'TRIALS', 'grid', 'Rehearsal', 'tune']
 
-# %% ../nbs/77_tuning.ipynb #3f148505
+# %% ../nbs/77_tuning.ipynb #e202e5ea
+import inspect
 import json
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from .protocol import Arm, load_splits, prepare, record_volumes, round_slices, u
 from .unlearn import METHODS
 from .volumes import DataError
 
-# %% ../nbs/77_tuning.ipynb #85c56c0d
+# %% ../nbs/77_tuning.ipynb #1c0505ee
 def grid(**values):
     "All combinations: grid(a=(1, 2), b=(3,)) -> [{'a': 1, 'b': 3}, {'a': 2, 'b': 3}]"
     out = [{}]
@@ -53,11 +54,11 @@ TRIALS = {
     'assd': grid(lr=LRS, lam=(.5, 1.)),
     'salun': grid(lr=LRS, lam=(.05, .2)),
     'reset_ft': grid(lr=(1e-3, 3e-3, 6e-3), share=(.5, .9)),
-    'proxy': grid(peak=(4., 6., 8.), gamma=(.6, 1.)),
+    'proxy': grid(peak=(6., 9., 12.), gamma=(.5, .8)),
     'retrain': grid(peak=(1., 2., 3., 5., 8., 12.)),
 }
 
-# %% ../nbs/77_tuning.ipynb #30df155f
+# %% ../nbs/77_tuning.ipynb #06dc8c8b
 class Rehearsal(Arm):
     "Trials of methods on a development data set"
     traced = False
@@ -66,14 +67,19 @@ class Rehearsal(Arm):
     def __getstate__(self): return super().__getstate__() | dict(trials=self.trials)
     def trial(self, method, i, progress):
         "Run a method once with its trial settings, and score it"
-        name, s = f'trial_{method}_{i}', replace(self.s, method_settings={method: self.trials[method][i]})
-        meter = WorkMeter()
+        own = self.trials[method][i]
+        if 'shadow_level' in inspect.signature(METHODS[method].make).parameters: own = {'shadow_level': self.shadow_level()} | own
+        name, s, meter = f'trial_{method}_{i}', replace(self.s, method_settings={method: own}), WorkMeter()
         learn = unlearned_learner(self.run, s, method, s.fraction, 0, self.splits, [meter, Tick(progress, f'{method}, trial {i + 1}')])
-        self.keep(name, learn.model, progress, method=method, trial=i, settings=json.dumps(self.trials[method][i]), slices=meter.slices)
-    def reference(self, name, progress): self.keep(f'score_{name}', self.network(name), progress, method=name, trial=0, settings='', slices=0)
+        self.keep(name, learn.model.eval(), progress, method=method, trial=i, settings=json.dumps(own), slices=meter.slices)
+    def reference(self, name, progress): self.keep(f'score_{name}', None if name == 'zero_filled' else self.network(name).eval(), progress, method=name, trial=0, settings='', slices=0)
+    def shadow_level(self):
+        "Share of the Original's gain over zero-filled images, in dB, that Oracles keep on what they were never shown"
+        psnr = {n: self.run.read(f'score_{n}')['forget_psnr'] for n in (*self.names(), 'zero_filled')}
+        return round((np.mean([psnr[n] for n in self.names()[1:]]) - psnr['zero_filled'])/(psnr['original'] - psnr['zero_filled']), 3)
     def keep(self, name, model, progress, **about):
         "Mean PSNR on both sides, over patients"
-        scores = evaluate(model.eval(), self.test_dl)
+        scores = evaluate(model, self.test_dl)
         level = lambda split: mean_over_patients(scores[scores.split == split], ['split'], ['psnr']).psnr.item()
         progress.step(SCORE_COST*len(self.test_dl.dataset))
         self.run.finish(name, retain_psnr=level('retain_test'), forget_psnr=level(forget_side(scores)), **about)
@@ -84,7 +90,7 @@ class Rehearsal(Arm):
         slices = {m: s.epochs*n[['retain_train'] + ['forget_train']*(m == 'original')].sum() for m in self.names()}
         return [sum(level, []) for level in (
             [self.job(m, slices[m], self.train, m) for m in self.names()],
-            [self.job(f'score_{m}', looks, self.reference, m) for m in self.names()],
+            [self.job(f'score_{m}', looks, self.reference, m) for m in (*self.names(), 'zero_filled')],
             [self.job(f'trial_{m}_{i}', each + looks, self.trial, m, i) for m, t in self.trials.items() for i in range(len(t))])]
     def table(self):
         "All trials with their gaps, nearest to the Oracle first within each method"
