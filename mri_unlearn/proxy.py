@@ -116,7 +116,7 @@ def rms_distance(a, b, y): # as in `image_difference` -> float [B]
     "Root mean square of a - b over the image, in standard deviations of the zero-filled slice; its gradient is 0 where both are equal"
     return (image_difference(a, b, y).square().mean((1, 2)) + 1e-6).sqrt()
 
-# %% ../nbs/52_proxy.ipynb #d77e67f7
+# %% ../nbs/52_proxy.ipynb #53436558
 class KeepImages(TeacherTerm):
     "+ w rms(f(x_r) - f_0(x_r)): answer retained slices as the teacher does"
     def term(self):
@@ -126,7 +126,7 @@ class KeepImages(TeacherTerm):
 class ProxyMatch(TeacherTerm):
     "+ w rms(f(x_f) - p(x_f) - gamma (p(x_f) - y_f)), p the mean of the proxies, which are trained before the first step"
     _stateattrs = ('proxies',)
-    def __init__(self, weight=1., gamma=.8, proxies=1, part='middle', times=6., share=.15, seed=0):
+    def __init__(self, weight=1., gamma=.7, proxies=1, part='middle', times=6., share=.15, seed=0):
         super().__init__(weight)
         self.gamma, self.n, self.part, self.times, self.share, self.seed, self.proxies = gamma, proxies, part, times, share, seed, None
     def before_fit(self):
@@ -240,9 +240,9 @@ class Settle(Callback):
         self.go(end, t)
         self.found, self.start = dict(aim=self.aim, level=there, slope=slope, t=t), {}
 
-# %% ../nbs/52_proxy.ipynb #86106208
-@method('both', bs=2, share=.58)
-def proxy(forget_weight=1., retain_weight=2., gamma=.8, shadow_level=None, damping=.03, proxies=1, part='middle', moves='encoder', proxy_lr=6., peak=9., proxy_seed=0):
+# %% ../nbs/52_proxy.ipynb #89d3fa76
+@method('both', bs=2, share=.61)
+def proxy(forget_weight=1., retain_weight=2., gamma=.7, shadow_level=None, damping=.03, proxies=1, part='middle', moves='encoder', proxy_lr=6., peak=9., proxy_seed=0):
     "Pulled to a proxy on forget slices and to the Original on retain slices, by updates that retain slices hardly feel; ends at the level of a shadow's Oracle"
     if proxies < 1: raise DataError(f'expected at least one proxy, found {proxies}')
     for p in (part, moves): in_part('', p)      # complains of an unknown one

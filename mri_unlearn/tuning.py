@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LRS', 'TRIALS', 'grid', 'Rehearsal', 'tune']
 
-# %% ../nbs/77_tuning.ipynb #e202e5ea
+# %% ../nbs/77_tuning.ipynb #6816ba15
 import inspect
 import json
 import time
@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from .evaluate import evaluate, forget_side, mean_over_patients
-from .jobs import SCORE_COST, Progress, Tick, Workers, processes
+from .jobs import SCORE_COST, Tick, processes
 from .learner import WorkMeter
-from .protocol import Arm, load_splits, prepare, record_volumes, round_slices, unlearned_learner, write_config, write_csv, write_json, write_timing
+from .protocol import Arm, load_splits, prepare, record_volumes, round_slices, run_levels, unlearned_learner, write_config, write_csv, write_json, write_timing
 from .unlearn import METHODS
 from .volumes import DataError
 
@@ -101,7 +101,7 @@ class Rehearsal(Arm):
         t['sum_abs_gaps_db'] = (t.gap_retain_db.abs() + t.gap_forget_db.abs()).fillna(np.inf)
         return t.sort_values(['method', 'sum_abs_gaps_db'], ignore_index=True)[['method', 'trial', 'settings', 'gap_retain_db', 'gap_forget_db', 'sum_abs_gaps_db', 'slices']]
 
-# %% ../nbs/77_tuning.ipynb #81fd8855
+# %% ../nbs/77_tuning.ipynb #20a2bd0c
 def tune(
     out,                # folder; holds the development data and networks, trials.csv and tuned.json
     preset='small',     # of the protocol
@@ -124,13 +124,7 @@ def tune(
     splits = load_splits(out, s, None, show)
     arm = Rehearsal(out, s, splits).begin(trials)
     record_volumes(arm.run, splits); write_config(out, preset, s, None, splits)
-    levels = arm.levels()
-    ahead = sum(work for level in levels for work, *_ in level)
-    progress = Progress(ahead, show)
-    try:
-        with Workers(processes(jobs), progress) as workers:
-            for level in levels: workers.run([task for _, *task in sorted(level, key=lambda t: -t[0])])
-    finally: progress.bar.close()
+    ahead = run_levels([arm], processes(jobs), show)
     if ahead or not (out/'timing.json').exists(): write_timing(arm.run, time.perf_counter() - start)
     table = arm.table()
     write_csv(out/'trials.csv', table)
