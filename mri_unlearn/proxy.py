@@ -144,7 +144,7 @@ class ProxyMatch(TeacherTerm):
         return self.now()*rms_distance(self.pred[rows], self.target(rows, y), y).mean()
     def after_fit(self): self.proxies = None
 
-# %% ../nbs/52_proxy.ipynb #df53781c
+# %% ../nbs/52_proxy.ipynb #422d94df
 @contextmanager
 def timed(learn):
     "Puts the seconds of work outside of the epochs on the Learner's meter"
@@ -162,8 +162,9 @@ def input_moments(
     found, training, seen = {}, learn.model.training, 0
     learn.model.eval()
     def look(m, inputs, _):
-        a = nn.functional.unfold(inputs[0].float(), m.kernel_size, m.dilation, m.padding, m.stride)
-        found[m] = found.get(m, 0.) + torch.einsum('bil,bjl->ij', a, a).double()/a.shape[2]/len(a)
+        with torch.autocast(inputs[0].device.type, enabled=False):      # in half precision, C would lose its small eigenvalues
+            a = nn.functional.unfold(inputs[0].float(), m.kernel_size, m.dilation, m.padding, m.stride)
+            found[m] = found.get(m, 0.) + torch.einsum('bil,bjl->ij', a, a).cpu().double()/a.shape[2]/len(a)
     hooks = [m.register_forward_hook(look) for m in learn.model.modules() if is_plain(m) and m.weight.requires_grad]
     try:
         with torch.no_grad():
@@ -176,7 +177,7 @@ def input_moments(
 
 def free_directions(c, damping):
     "damping (c/mean eigenvalue + damping)^-1: hardly changes what lies where c is small, shrinks the rest"
-    eye = torch.eye(len(c), dtype=c.dtype, device=c.device)
+    eye = torch.eye(len(c), dtype=c.dtype)
     scale = (c.trace()/len(c)).clamp(min=torch.finfo(c.dtype).tiny)
     return damping*torch.cholesky_inverse(torch.linalg.cholesky(c/scale + damping*eye))
 
@@ -187,7 +188,7 @@ class SpareRetained(Callback):
         if not damping > 0: raise DataError(f'the damping must be above 0, found {damping}')
         self.damping, self.n, self.free, self.before = damping, n, {}, {}
     def before_fit(self):
-        with timed(self.learn): self.free = {m: free_directions(c, self.damping).to(m.weight.dtype) for m, c in input_moments(self.learn, self.n).items()}
+        with timed(self.learn): self.free = {m: free_directions(c, self.damping).to(m.weight) for m, c in input_moments(self.learn, self.n).items()}
     def before_step(self): self.before = {m: m.weight.detach().clone() for m in self.free}
     def after_step(self):
         with torch.no_grad():
