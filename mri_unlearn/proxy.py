@@ -144,7 +144,7 @@ class ProxyMatch(TeacherTerm):
         return self.now()*rms_distance(self.pred[rows], self.target(rows, y), y).mean()
     def after_fit(self): self.proxies = None
 
-# %% ../nbs/52_proxy.ipynb #422d94df
+# %% ../nbs/52_proxy.ipynb #17f04134
 @contextmanager
 def timed(learn):
     "Puts the seconds of work outside of the epochs on the Learner's meter"
@@ -175,6 +175,7 @@ def input_moments(
     spend(learn, seen*FORWARD)
     return {m: c/seen for m, c in found.items()}
 
+# %% ../nbs/52_proxy.ipynb #a696e5a3
 def free_directions(c, damping):
     "damping (c/mean eigenvalue + damping)^-1: hardly changes what lies where c is small, shrinks the rest"
     eye = torch.eye(len(c), dtype=c.dtype)
