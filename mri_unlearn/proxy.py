@@ -175,9 +175,10 @@ def input_moments(
     spend(learn, seen*FORWARD)
     return {m: c/seen for m, c in found.items()}
 
-# %% ../nbs/52_proxy.ipynb #a696e5a3
+# %% ../nbs/52_proxy.ipynb #422fd36f
 def free_directions(c, damping):
     "damping (c/mean eigenvalue + damping)^-1: hardly changes what lies where c is small, shrinks the rest"
+    if not torch.isfinite(c).all(): raise DataError('the network answers retained slices with values that are not finite: its training has diverged; check its weights')
     eye = torch.eye(len(c), dtype=c.dtype)
     scale = (c.trace()/len(c)).clamp(min=torch.finfo(c.dtype).tiny)
     return damping*torch.cholesky_inverse(torch.linalg.cholesky(c/scale + damping*eye))
