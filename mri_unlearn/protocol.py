@@ -646,7 +646,7 @@ def example_images(run, settings, splits):
         fig = plots.show_reconstructions(images.pop('Oracle'), images, against='Oracle')
         plots.save_figure(fig, run.out/'figures'/f'differences_{side}.png')
 
-# %% ../nbs/75_protocol.ipynb #239adbf6
+# %% ../nbs/75_protocol.ipynb #a159a3cc
 def prepare(preset, overrides):
     "Settings of a preset with some of them replaced, checked"
     if preset not in PRESETS: raise DataError(f'unknown preset {preset!r}: expected one of {", ".join(PRESETS)}')
@@ -660,8 +660,9 @@ def prepare(preset, overrides):
     bad = [m for m in (*s.methods, *s.hallucination, *s.method_settings) if m not in METHODS]
     if bad: raise DataError(f'unknown method {bad[0]!r}: expected some of {", ".join(METHODS)}')
     for m, own in s.method_settings.items():
-        try: inspect.signature(METHODS[m].make).bind(**{k: v for k, v in own.items() if k != 'lr'})
-        except TypeError as e: raise DataError(f'settings of {m}: {e}; it takes lr and {inspect.signature(METHODS[m].make)}') from e
+        takes, own = inspect.signature(METHODS[m].make), {k: v for k, v in own.items() if k != 'lr'}
+        try: takes.bind(**own); METHODS[m].make(**own)      # of its callbacks some refuse a value
+        except (TypeError, ValueError) as e: raise DataError(f'settings of {m}: {e}; it takes lr and {takes}') from e
     for f in (s.fraction, *s.study_fractions):
         if not 0 < f <= 1: raise DataError(f'retain fraction {f} is not allowed: expected a number above 0 and at most 1')
     if s.unlearn_seeds < 1: raise DataError('each method has to run at least once: unlearn_seeds is 1 or more')
