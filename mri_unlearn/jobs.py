@@ -52,7 +52,7 @@ class Messenger:
         self.queue.put((self.text, self.n))
         self.text, self.n, self.sent = None, 0, time.monotonic()
 
-# %% ../nbs/71_jobs.ipynb #3324dac4
+# %% ../nbs/71_jobs.ipynb #3098127b
 def processes(
     n: int=None, # as asked for
 ): # number of processes
@@ -62,15 +62,18 @@ def processes(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return 1 if default_device().type == 'cuda' else min(cores, 8)
 
+def _end(*_): raise SystemExit      # not at once: what is half written is removed on the way out
+
 def _begin(queue, threads):
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C goes to all; the main process says what there is to say
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, _end)     # Ctrl-C goes to all; the main process says what there is to say
     torch.set_num_threads(threads)
     _begin.messenger = Messenger(queue)
     queue.put(os.getpid())
 
 def _call(f, args):
     try: f(*args, progress=_begin.messenger)
+    except SystemExit: os._exit(1)      # the pool would go on with the next task
     finally: _begin.messenger.send(now=True)
 
 # %% ../nbs/71_jobs.ipynb #a9515d35
