@@ -6,11 +6,12 @@
 __all__ = ['PAPER', 'PRESETS', 'VARNET', 'TRACE', 'TAKEN', 'Settings', 'full', 'write_json', 'write_csv', 'Run', 'revision',
            'versions', 'same_settings', 'write_config', 'in_turn', 'limited', 'load_splits', 'record_volumes',
            'scored_volumes', 'input_kind', 'mask_of', 'new_network', 'precise', 'loader', 'kept_bytes', 'train_network',
-           'write_images', 'score_network', 'plan', 'job_name', 'seed_of', 'unlearned_learner', 'run_method', 'key',
-           'trained', 'unlearned', 'round_slices', 'jobs_of', 'Arm', 'has_extras', 'planted_settings', 'PlantedArm',
-           'judged', 'NullSpace', 'ThirdOrgan', 'third_table', 'whole_trace', 'same_key', 'hallucination_table',
-           'with_verdict', 'over_seeds', 'joined', 'collect', 'side_names', 'knowledge_matrix', 'picture_volumes',
-           'example_images', 'prepare', 'write_timing', 'begin', 'run_levels', 'run_protocol']
+           'write_images', 'agree_with_oracles', 'score_network', 'plan', 'job_name', 'seed_of', 'unlearned_learner',
+           'run_method', 'key', 'trained', 'unlearned', 'round_slices', 'jobs_of', 'Arm', 'has_extras',
+           'planted_settings', 'PlantedArm', 'judged', 'NullSpace', 'ThirdOrgan', 'third_table', 'whole_trace',
+           'same_key', 'hallucination_table', 'with_verdict', 'over_seeds', 'joined', 'collect', 'side_names',
+           'knowledge_matrix', 'picture_volumes', 'example_images', 'prepare', 'write_timing', 'begin', 'run_levels',
+           'run_protocol']
 
 # %% ../nbs/75_protocol.ipynb #7d182af8
 import inspect
@@ -271,7 +272,7 @@ def train_network(run, settings, name, title, rows, seed, progress):
     run.finish(name, slices=meter.slices, seconds=meter.seconds, volumes=len(rows), train_loss=resume.losses)
     resume.finish()
 
-# %% ../nbs/75_protocol.ipynb #5d911d7c
+# %% ../nbs/75_protocol.ipynb #e523d3d1
 def write_images(run, model, i, test_dl, progress):
     "Predictions of Oracle `i` on the test volumes, in a folder"
     progress.say(f'reconstruct with Oracle, seed {i}')
@@ -280,17 +281,19 @@ def write_images(run, model, i, test_dl, progress):
         progress.step(SCORE_COST*len(r.image))
     run.finish(f'images_oracle_s{i}')
 
+def agree_with_oracles(run, r, oracles): # index of an Oracle -> dB
+    "Agreement of a reconstructed test volume with those of the Oracles, which `write_images` has kept"
+    f = r.row['fname']
+    return {o: agreement({f: r.image.cpu()}, {f: read_prediction(run.out/'stages'/f'oracle_s{o}', f)}, {f: r.row['max']})[f] for o in oracles}
+
 def score_network(run, name, model, dl, keys, tests, oracle_seeds, progress):
     "Score a network on all sides and compare its images of the volumes `tests` with those of the Oracles"
     progress.say(f'score {name}')
     rows = []
     def compare(r):
-        f = r.row['fname']
         progress.step(SCORE_COST*len(r.image))
-        for o in range(oracle_seeds) if f in tests else ():
-            if keys['model'] == 'oracle' and keys['seed'] == o: continue
-            a = agreement({f: r.image.cpu()}, {f: read_prediction(run.out/'stages'/f'oracle_s{o}', f)}, {f: r.row['max']})
-            rows.append({**keys, 'oracle_seed': o, 'split': r.row['split'], 'volume': f, 'agree_db': a[f]})
+        others = [o for o in range(oracle_seeds) if not (keys['model'] == 'oracle' and keys['seed'] == o)] if r.row['fname'] in tests else []
+        for o, db in agree_with_oracles(run, r, others).items(): rows.append({**keys, 'oracle_seed': o, 'split': r.row['split'], 'volume': r.row['fname'], 'agree_db': db})
     scores = evaluate(model, dl, each=compare).assign(**keys)
     agree = pd.DataFrame(rows, columns=[*KEYS, 'oracle_seed', 'split', 'volume', 'agree_db']).sort_values('oracle_seed', kind='stable')
     write_csv(run.out/'stages'/f'{name}.agree.csv', agree)

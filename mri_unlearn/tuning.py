@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LRS', 'TRIALS', 'grid', 'Rehearsal', 'tune']
 
-# %% ../nbs/77_tuning.ipynb #6816ba15
+# %% ../nbs/77_tuning.ipynb #44010fc0
 import inspect
 import json
 import time
@@ -18,11 +18,11 @@ import pandas as pd
 from .evaluate import evaluate, forget_side, mean_over_patients
 from .jobs import SCORE_COST, Tick, processes
 from .learner import WorkMeter
-from .protocol import Arm, load_splits, prepare, record_volumes, round_slices, run_levels, unlearned_learner, write_config, write_csv, write_json, write_timing
+from .protocol import Arm, agree_with_oracles, load_splits, prepare, record_volumes, round_slices, run_levels, unlearned_learner, write_config, write_csv, write_json, write_timing
 from .unlearn import METHODS
 from .volumes import DataError
 
-# %% ../nbs/77_tuning.ipynb #1c0505ee
+# %% ../nbs/77_tuning.ipynb #81c80ee0
 def grid(**values):
     "All combinations: grid(a=(1, 2), b=(3,)) -> [{'a': 1, 'b': 3}, {'a': 2, 'b': 3}]"
     out = [{}]
@@ -54,11 +54,11 @@ TRIALS = {
     'assd': grid(lr=LRS, lam=(.5, 1.)),
     'salun': grid(lr=LRS, lam=(.05, .2)),
     'reset_ft': grid(lr=(1e-3, 3e-3, 6e-3), share=(.5, .9)),
-    'proxy': grid(peak=(6., 9., 12.), gamma=(.5, .8)),
+    'proxy': grid(peak=(6., 9., 12.), gamma=(.7, 1.)),
     'retrain': grid(peak=(1., 2., 3., 5., 8., 12.)),
 }
 
-# %% ../nbs/77_tuning.ipynb #06dc8c8b
+# %% ../nbs/77_tuning.ipynb #d2403be6
 class Rehearsal(Arm):
     "Trials of methods on a development data set"
     traced = False
@@ -72,17 +72,24 @@ class Rehearsal(Arm):
         name, s, meter = f'trial_{method}_{i}', replace(self.s, method_settings={method: own}), WorkMeter()
         learn = unlearned_learner(self.run, s, method, s.fraction, 0, self.splits, [meter, Tick(progress, f'{method}, trial {i + 1}')])
         self.keep(name, learn.model.eval(), progress, method=method, trial=i, settings=json.dumps(own), slices=meter.slices)
-    def reference(self, name, progress): self.keep(f'score_{name}', None if name == 'zero_filled' else self.network(name).eval(), progress, method=name, trial=0, settings='', slices=0)
+    def reference(self, name, progress):
+        own = int(name.partition('_s')[2]) if name in self.names()[1:] else None
+        self.keep(f'score_{name}', None if name == 'zero_filled' else self.network(name).eval(), progress, own, method=name, trial=0, settings='', slices=0)
     def shadow_level(self):
         "Share of the Original's gain over zero-filled images, in dB, that Oracles keep on what they were never shown"
         psnr = {n: self.run.read(f'score_{n}')['forget_psnr'] for n in (*self.names(), 'zero_filled')}
         return round((np.mean([psnr[n] for n in self.names()[1:]]) - psnr['zero_filled'])/(psnr['original'] - psnr['zero_filled']), 3)
-    def keep(self, name, model, progress, **about):
-        "Mean PSNR on both sides, over patients"
-        scores = evaluate(model, self.test_dl)
-        level = lambda split: mean_over_patients(scores[scores.split == split], ['split'], ['psnr']).psnr.item()
-        progress.step(SCORE_COST*len(self.test_dl.dataset))
-        self.run.finish(name, retain_psnr=level('retain_test'), forget_psnr=level(forget_side(scores)), **about)
+    def keep(self, name, model, progress, own=None, **about):
+        "Mean PSNR on both sides and agreement with the Oracles, but for `own`, on forget volumes: over patients"
+        agree, others = {}, [o for o in range(self.s.oracle_seeds) if o != own]
+        def compare(r):
+            progress.step(SCORE_COST*len(r.image))
+            if r.row['split'] != 'retain_test' and others: agree[r.row['fname']] = np.mean([*agree_with_oracles(self.run, r, others).values()])
+        scores = evaluate(model, self.test_dl, each=compare)
+        scores['agree'] = scores.volume.map(agree).astype(float)
+        mean = lambda split, column: mean_over_patients(scores[scores.split == split], ['split'], [column])[column].item()
+        forget = forget_side(scores)
+        self.run.finish(name, retain_psnr=mean('retain_test', 'psnr'), forget_psnr=mean(forget, 'psnr'), forget_agreement=mean(forget, 'agree'), **about)
     def names(self): return ['original', *(f'oracle_s{i}' for i in range(self.s.oracle_seeds))]
     def levels(self):
         s, n = self.s, self.splits.groupby('split').slices.sum()
@@ -90,16 +97,18 @@ class Rehearsal(Arm):
         slices = {m: s.epochs*n[['retain_train'] + ['forget_train']*(m == 'original')].sum() for m in self.names()}
         return [sum(level, []) for level in (
             [self.job(m, slices[m], self.train, m) for m in self.names()],
+            [self.job(f'images_{m}', looks, self.images, int(m[8:])) for m in self.names()[1:]],
             [self.job(f'score_{m}', looks, self.reference, m) for m in (*self.names(), 'zero_filled')],
             [self.job(f'trial_{m}_{i}', each + looks, self.trial, m, i) for m, t in self.trials.items() for i in range(len(t))])]
     def table(self):
         "All trials with their gaps, nearest to the Oracle first within each method"
         read = lambda names: pd.DataFrame([self.run.read(n) for n in names])
-        oracle = read([f'score_{m}' for m in self.names()[1:]])[['retain_psnr', 'forget_psnr']].mean()
+        oracle = read([f'score_{m}' for m in self.names()[1:]])[['retain_psnr', 'forget_psnr', 'forget_agreement']].mean()
         t = pd.concat([read(['score_original']), read([f'trial_{m}_{i}' for m, t in self.trials.items() for i in range(len(t))])])
         t = t.assign(gap_retain_db=t.retain_psnr - oracle.retain_psnr, gap_forget_db=t.forget_psnr - oracle.forget_psnr)
-        t['sum_abs_gaps_db'] = (t.gap_retain_db.abs() + t.gap_forget_db.abs()).fillna(np.inf)
-        return t.sort_values(['method', 'sum_abs_gaps_db'], ignore_index=True)[['method', 'trial', 'settings', 'gap_retain_db', 'gap_forget_db', 'sum_abs_gaps_db', 'slices']]
+        t['below_floor_db'] = (oracle.forget_agreement - t.forget_agreement).clip(lower=0) if self.s.oracle_seeds > 1 else 0.
+        t['distance_db'] = (t.gap_retain_db.abs() + t.gap_forget_db.abs() + t.below_floor_db).fillna(np.inf)
+        return t.sort_values(['method', 'distance_db'], ignore_index=True)[['method', 'trial', 'settings', 'gap_retain_db', 'gap_forget_db', 'below_floor_db', 'distance_db', 'slices']]
 
 # %% ../nbs/77_tuning.ipynb #20a2bd0c
 def tune(
