@@ -201,7 +201,7 @@ class SpareRetained(Callback):
                 m.weight.copy_(w + (bent*(d.norm()/bent.norm().clamp(min=1e-20))).view_as(w))
     def after_fit(self): self.free, self.before = {}, {}
 
-# %% ../nbs/52_proxy.ipynb #a4bdc8e6
+# %% ../nbs/52_proxy.ipynb #5e7be9f6
 SHADOW = {UNet: .035, VarNet: .455}   # of networks of `small`, on data sets with the seeds 0, 2 and 3 (VarNet: 0 and 2)
 
 def shadow_level(model):
@@ -224,6 +224,7 @@ def over_zero_filled(
     spend(learn, len(found)*FORWARD, time.perf_counter() - start)
     return found.mean().item()
 
+# %% ../nbs/52_proxy.ipynb #f4d3e6e3
 def point_of(
     aim,           # level that is looked for
     probe,         # a point between 0 and 1

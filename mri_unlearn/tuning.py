@@ -58,7 +58,7 @@ TRIALS = {
     'retrain': grid(peak=(1., 2., 3., 5., 8., 12.)),
 }
 
-# %% ../nbs/77_tuning.ipynb #d2403be6
+# %% ../nbs/77_tuning.ipynb #7e16aea5
 class Rehearsal(Arm):
     "Trials of methods on a development data set"
     traced = False
@@ -88,8 +88,7 @@ class Rehearsal(Arm):
         scores = evaluate(model, self.test_dl, each=compare)
         scores['agree'] = scores.volume.map(agree).astype(float)
         mean = lambda split, column: mean_over_patients(scores[scores.split == split], ['split'], [column])[column].item()
-        forget = forget_side(scores)
-        self.run.finish(name, retain_psnr=mean('retain_test', 'psnr'), forget_psnr=mean(forget, 'psnr'), forget_agreement=mean(forget, 'agree'), **about)
+        self.run.finish(name, retain_psnr=mean('retain_test', 'psnr'), forget_psnr=mean(forget_side(scores), 'psnr'), forget_agreement=mean(forget_side(scores), 'agree'), **about)
     def names(self): return ['original', *(f'oracle_s{i}' for i in range(self.s.oracle_seeds))]
     def levels(self):
         s, n = self.s, self.splits.groupby('split').slices.sum()
