@@ -210,8 +210,8 @@ def do_tune(a):
     from mri_unlearn.tuning import tune
     settings = {k: v for k, v in dict(epochs=a.epochs, model=a.model, fraction=a.retain_fraction).items() if v is not None}
     table = tune(a.out, a.preset, a.methods, a.seed, jobs=a.jobs, **settings)
-    best = table.groupby('method').head(1).sort_values('sum_abs_gaps_db')
-    print(best[['method', 'settings', 'gap_retain_db', 'gap_forget_db', 'sum_abs_gaps_db']].round(2).to_string(index=False))
+    best = table.groupby('method').head(1).sort_values('distance_db')
+    print(best[['method', 'settings', 'gap_retain_db', 'gap_forget_db', 'below_floor_db', 'distance_db']].round(2).to_string(index=False))
     print(f'All trials: {Path(a.out)/"trials.csv"}; chosen: {Path(a.out)/"tuned.json"}, for `mri_unlearn protocol --method-settings`')
 
 # %% ../nbs/90_cli.ipynb #1a0a340a

@@ -261,8 +261,8 @@ class Settle(Callback):
         if slope < 0: t = within(t + (aim - over_zero_filled(self.learn, self.looks))/slope); self.go(end, t)      # a step of Newton's
         self.found, self.start = dict(aim=aim, first=self.first, before=before, level=there, t=t), {}
 
-# %% ../nbs/52_proxy.ipynb #7538701a
-@method('both', bs=2, share=.61)
+# %% ../nbs/52_proxy.ipynb #caf42cfd
+@method('both', bs=2, share=.58)
 def proxy(forget_weight=1., retain_weight=2., gamma=1., shadow_level=None, damping=.01, proxies=1, part='middle', moves='convolutions', proxy_lr=6., peak=9., proxy_seed=0):
     "Pulled to a proxy on forget slices and to the Original on retain slices, by updates that retain slices hardly feel; ends at the level of a shadow's Oracle"
     if proxies < 1: raise DataError(f'expected at least one proxy, found {proxies}')
