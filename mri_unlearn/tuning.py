@@ -109,7 +109,7 @@ class Rehearsal(Arm):
         t['distance_db'] = (t.gap_retain_db.abs() + t.gap_forget_db.abs() + t.below_floor_db).fillna(np.inf)
         return t.sort_values(['method', 'distance_db'], ignore_index=True)[['method', 'trial', 'settings', 'gap_retain_db', 'gap_forget_db', 'below_floor_db', 'distance_db', 'slices']]
 
-# %% ../nbs/77_tuning.ipynb #20a2bd0c
+# %% ../nbs/77_tuning.ipynb #f8a088d6
 def tune(
     out,                # folder; holds the development data and networks, trials.csv and tuned.json
     preset='small',     # of the protocol
@@ -128,6 +128,8 @@ def tune(
     s = prepare(preset, dict(settings, seed=seed, methods=list(trials), study=(), hallucination=(), oracle_seeds=settings.get('oracle_seeds', 2)))
     if not s.data: raise DataError(f'preset {preset!r} has no simulated data to rehearse with')
     out, start = Path(out), time.perf_counter()
+    for f in (out/'stages').glob('score_*.json'):
+        if 'forget_agreement' not in json.loads(f.read_text()): raise DataError(f'{f}: expected the agreement of images, found the scores of an older version; choose another folder, or remove the files score_* and trial_* beside it: the networks are kept')
     write_config(out, preset, s, None)
     splits = load_splits(out, s, None, show)
     arm = Rehearsal(out, s, splits).begin(trials)
