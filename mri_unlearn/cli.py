@@ -29,8 +29,8 @@ IMAGES_ONLY = ('organ', 'plane', 'coils', 'recon', 'fov', 'snr', 'slices', 'limi
 
 def do_simulate(a):
     "Write a folder of simulated fastMRI-format files"
-    from mri_unlearn.simulate import simulate_dataset
-    from mri_unlearn.volumes import DataError
+    from mri_unlearn.phantom.simulate import simulate_dataset
+    from mri_unlearn.machinery.disk import DataError
     given = [k for k in IMAGES_ONLY if getattr(a, k) not in (None, False)]
     if given and not a.from_images: raise DataError(f'--{given[0].replace("_", "-")} goes with --from-images DIR; simulated anatomy has its own')
     if a.preset and a.from_images: raise DataError('--preset is for simulated anatomy, --from-images for images: give one of them')
@@ -39,18 +39,18 @@ def do_simulate(a):
 
 def from_images(a):
     "k-space from volumes of images"
-    from mri_unlearn.images import simulate_from_images
+    from mri_unlearn.phantom.image_sets import simulate_from_images
     options = {k: getattr(a, k) for k in ('seed', 'coils', 'recon', 'fov', 'organ', 'plane', 'slices', 'val_fraction', 'snr', 'patient', 'strict')}
     return simulate_from_images(a.from_images, a.out, limit=a.limit_volumes, **options)
 
 def index_of(a):
     "The index of --data, with the options that go with it"
-    from mri_unlearn.volumes import index_volumes
+    from mri_unlearn.data.volumes import index_volumes
     return index_volumes(a.data, strict=a.strict, organ=a.organ, cache=not a.no_cache)
 
 def do_index(a):
     "List the volumes of a folder"
-    from mri_unlearn.volumes import atomic_path
+    from mri_unlearn.machinery.disk import atomic_path
     index = index_of(a)
     if a.csv:
         with atomic_path(a.csv) as tmp: index.to_csv(tmp, index=False)
@@ -74,45 +74,46 @@ HELD_OUT = 0   # seed of the division of patients where folders do not tell
 
 def training_volumes(index):
     "Rows of the index that may be trained on"
-    from mri_unlearn.request import held_out_by_folder, held_out_by_patient
+    from mri_unlearn.data.request import held_out_by_folder, held_out_by_patient
     test = held_out_by_folder(index)
     return index[~(held_out_by_patient(index, .2, HELD_OUT) if test is None else test)]
 
 # %% ../nbs/90_cli.ipynb #d5006951
 def splits_of(a):
     "The index of --data with its split by --forget"
-    from mri_unlearn.request import ForgetRequest
+    from mri_unlearn.data.request import ForgetRequest
     return ForgetRequest(a.forget).split(with_targets(index_of(a)), seed=HELD_OUT)
 
 def with_targets(index):
     "Volumes that can be trained on and scored; those of test folders are left out"
-    from mri_unlearn.volumes import DataError
+    from mri_unlearn.machinery.disk import DataError
     usable = index[index.has_target]
     if not len(usable): raise DataError(f'none of the {len(index)} volumes has a target (reconstruction_rss): they can be reconstructed, not trained on or scored')
     return usable
 
 def mask_of(a):
     "The mask function that the options describe"
-    from mri_unlearn.masks import mask_func
+    from mri_unlearn.signal.masks import mask_func
     return mask_func(a.mask, [a.center_fraction], [a.acceleration])
 
 # %% ../nbs/90_cli.ipynb #59e4646f
 def new_model(a):
     "The untrained network that the options describe"
-    from mri_unlearn.learner import new_unet, new_varnet
+    from mri_unlearn.network.weights import new_unet, new_varnet
     if a.model == 'unet': return new_unet(a.seed, chans=a.chans, num_pool_layers=a.pools)
     return new_varnet(a.seed, num_cascades=a.cascades, sens_chans=a.sens_chans, sens_pools=a.pools, chans=a.chans, pools=a.pools)
 
 def do_train(a):
     "Train a network on the volumes of a folder"
-    from mri_unlearn.data import recon_dls
-    from mri_unlearn.learner import ProgressBar, SkipValidation, input_of, recon_learner, save_weights
-    from mri_unlearn.volumes import DataError
+    from mri_unlearn.data.loaders import recon_dls
+    from mri_unlearn.network.learner import ProgressBar, SkipValidation, recon_learner
+    from mri_unlearn.network.weights import input_of, save_weights
+    from mri_unlearn.machinery.disk import DataError
     must_be_writable(a.out)
     index = with_targets(index_of(a))
     rows = training_volumes(index)
     if a.only:
-        from mri_unlearn.request import ForgetRequest
+        from mri_unlearn.data.request import ForgetRequest
         rows = rows[ForgetRequest(a.only).select(rows)]
     if not len(rows): raise DataError(f'{a.data}: no volumes are left to train on; some patients are held back for testing')
     model = new_model(a)
@@ -125,9 +126,10 @@ def do_train(a):
 # %% ../nbs/90_cli.ipynb #20b479bc
 def do_unlearn(a):
     "Make a trained network forget what a request names"
-    from mri_unlearn.data import recon_dls
-    from mri_unlearn.learner import ProgressBar, input_of, load_network, recon_learner, save_weights
-    from mri_unlearn.unlearn import unlearn
+    from mri_unlearn.data.loaders import recon_dls
+    from mri_unlearn.network.learner import ProgressBar, recon_learner
+    from mri_unlearn.network.weights import input_of, load_network, save_weights
+    from mri_unlearn.unlearn.core import unlearn
     must_be_writable(a.out)
     net, splits = load_network(a.model), splits_of(a)
     train = splits[splits.split.str.endswith('train')]
@@ -141,10 +143,11 @@ def do_unlearn(a):
 # %% ../nbs/90_cli.ipynb #2c3fa66e
 def do_evaluate(a):
     "Score one or more networks, volume by volume"
-    from mri_unlearn.data import INPUTS, ReconDL, SliceDataset
-    from mri_unlearn.evaluate import evaluate
-    from mri_unlearn.learner import input_of, load_network
-    from mri_unlearn.volumes import atomic_path
+    from mri_unlearn.data.slices import INPUTS, SliceDataset
+    from mri_unlearn.data.loaders import ReconDL
+    from mri_unlearn.verdict.evaluate import evaluate
+    from mri_unlearn.network.weights import input_of, load_network
+    from mri_unlearn.machinery.disk import atomic_path
     if a.out: must_be_writable(a.out)
     index = splits_of(a) if a.forget else with_targets(index_of(a)).assign(split='')
     stems = [Path(m).stem for m in a.model] + ['zero_filled']
@@ -159,8 +162,8 @@ def do_evaluate(a):
 # %% ../nbs/90_cli.ipynb #e09e0de3
 def do_reconstruct(a):
     "Write the images of a network as files that fastMRI's evaluate.py reads"
-    from mri_unlearn.learner import load_network
-    from mri_unlearn.reconstruct import reconstruct
+    from mri_unlearn.network.weights import load_network
+    from mri_unlearn.verdict.reconstruct import reconstruct
     about = {k: getattr(a, k) for k in ('mask', 'acceleration', 'center_fraction')}
     net, index = None if a.zero_filled else load_network(a.model), index_of(a)
     n = reconstruct(net, index, mask_of(a), a.out, about, bs=a.batch_size, png=a.png, num_workers=a.workers)
@@ -170,7 +173,7 @@ def do_reconstruct(a):
 # %% ../nbs/90_cli.ipynb #5d19ddf1
 def read_method_settings(path):
     "A JSON file: method -> settings"
-    from mri_unlearn.volumes import DataError
+    from mri_unlearn.machinery.disk import DataError
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise DataError(f'{path}: expected a JSON file with settings of methods ({e})') from e
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
@@ -185,13 +188,13 @@ def do_protocol(a):
     reason = a.reason if a.reason is not None else '' if a.forget else None     # the preset's reason belongs to its own query
     settings = dict(query=a.forget, reason=reason, fraction=a.retain_fraction, **{k: getattr(a, k) for k in SETTINGS})
     if a.full:
-        from mri_unlearn.protocol import full
+        from mri_unlearn.experiment.settings import full
         settings = full() | {k: v for k, v in settings.items() if v is not None}
     if a.method_settings: settings['method_settings'] = read_method_settings(a.method_settings)
     if a.dry_run:
-        from mri_unlearn.dryrun import describe, dry_run
+        from mri_unlearn.experiment.dryrun import describe, dry_run
         return print(describe(*dry_run(a.preset, a.data, strict=a.strict, organ=a.organ, jobs=a.jobs, **settings)))
-    from mri_unlearn.protocol import run_protocol
+    from mri_unlearn.experiment.protocol import run_protocol
     out = Path(a.out or Path('runs')/a.preset)
     run_protocol(a.preset, out, a.data, strict=a.strict, organ=a.organ, jobs=a.jobs, **settings)
     print((out/'table.md').read_text(encoding='utf-8'))
@@ -200,14 +203,14 @@ def do_protocol(a):
 
 def do_report(a):
     "Write the figures and the report of a finished run once more"
-    from mri_unlearn.report import write_figures, write_report
+    from mri_unlearn.show.page import write_figures, write_report
     write_figures(a.run)
     print(f'Report: {write_report(a.run)}')
 
 # %% ../nbs/90_cli.ipynb #7b540fda
 def do_tune(a):
     "Choose settings of methods on a development data set"
-    from mri_unlearn.tuning import tune
+    from mri_unlearn.experiment.tuning import tune
     settings = {k: v for k, v in dict(epochs=a.epochs, model=a.model, fraction=a.retain_fraction).items() if v is not None}
     table = tune(a.out, a.preset, a.methods, a.seed, jobs=a.jobs, **settings)
     best = table.groupby('method').head(1).sort_values('distance_db')
@@ -219,7 +222,7 @@ def must_be_writable(
     path, # file that a command will write at its end
 ):
     "Complain now if the file could not be written later"
-    from mri_unlearn.volumes import DataError
+    from mri_unlearn.machinery.disk import DataError
     path = Path(path)
     if path.is_dir(): raise DataError(f'{path}: is a folder; expected the name of a file to write')
     if not path.parent.is_dir(): raise DataError(f'{path}: there is no folder {path.parent}; make it first')
@@ -267,7 +270,7 @@ def add_networks(sub):
     p.add_argument('--sens-chans', type=positive, default=8, help='channels of a VarNet\'s sensitivity network')
     p = sub.add_parser('unlearn', help='make a trained network forget'); p.set_defaults(do=do_unlearn); add_data(p, forget=True); add_mask(p)
     p.add_argument('--model', required=True, metavar='FILE.pt'); p.add_argument('--out', required=True, metavar='FILE.pt')
-    p.add_argument('--method', default='nl_ft', help='see the table in the chapter 45_unlearn; an unknown name lists them all')
+    p.add_argument('--method', default='nl_ft', help='see the table in the chapter 45_unlearn.core; an unknown name lists them all')
     p.add_argument('--retain-fraction', type=float, default=.1, help='share of the retained training volumes that may be used')
     p.add_argument('--rounds', type=positive, default=3); p.add_argument('--steps', type=positive, help='batches a round; default: one pass')
     p.add_argument('--lr', type=float, default=1e-3)

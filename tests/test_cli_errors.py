@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
-from mri_unlearn.learner import new_unet, save_weights
-from mri_unlearn.simulate import simulate_dataset
+from mri_unlearn.network.weights import new_unet, save_weights
+from mri_unlearn.phantom.simulate import simulate_dataset
 
 KNEE = "organ == 'knee'"
 

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mri_unlearn.protocol import run_protocol
+from mri_unlearn.experiment.protocol import run_protocol
 
 FEW = dict(epochs=1, rounds=1, steps=2, oracle_seeds=2, methods=('sub_ft', 'nl_ft', 'proxy'), study=('proxy',), study_fractions=(1.,), unlearn_seeds=2,
            hallucination=('nl_ft', 'proxy'), third=3, method_settings={'nl_ft': {'lr': 5e-4, 'lam': .1}})

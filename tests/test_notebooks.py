@@ -13,7 +13,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 NBS = sorted(p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 CHAPTERS = [p for p in NBS if re.match(r'\d\d_', p.name)]
-MODULES = {m: int(p.name[:2]) for p in CHAPTERS for m in [p.stem[3:]]}
+MODULES = {p.stem[3:]: int(p.name[:2]) for p in CHAPTERS}
+# the floors of the house, from the ground up; the parts on one floor do not know each other
+FLOORS = [{'signal', 'machinery'}, {'data'}, {'network', 'phantom'}, {'unlearn', 'verdict'}, {'show'}, {'experiment'}, {'audit'}, {'cli'}, {'all'}]
+FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 LARGEST = 300*1024  # bytes of a notebook with its figures
 LONGEST = 50  # lines of an exported cell
 
@@ -38,7 +41,7 @@ def differences(folder, copy):
 
 
 def test_modules_are_exported_from_the_notebooks(project):
-    for module in (project/'mri_unlearn').glob('*.py'):
+    for module in (project/'mri_unlearn').rglob('*.py'):
         if module.name != '__init__.py': module.unlink()  # a module without a notebook does not come back
     nbdev('nbdev_export', project)
     assert differences('mri_unlearn', project) == []
@@ -57,7 +60,7 @@ def test_these_two_notice_a_change(project):
     nb.cells.append(new_code_cell('#| export\ndef one_more(): return 1'))
     nbformat.write(nb, path)
     nbdev('nbdev_export', project)
-    assert f'{CHAPTERS[0].stem[3:]}.py' in differences('mri_unlearn', project)
+    assert f'{CHAPTERS[0].stem[3:].replace(".", "/")}.py' in differences('mri_unlearn', project)
     before = path.read_bytes()
     nbdev('nbdev_clean', project)
     assert path.read_bytes() != before
@@ -66,19 +69,29 @@ def test_these_two_notice_a_change(project):
 # Each check takes a notebook and returns what is wrong with it, so that it can be tried on notebooks that are wrong.
 
 def imported(source):
-    "Modules of this package that a cell imports"
+    "Modules of this package that a cell imports, as 'part.module'"
     source = re.sub(r'^[ \t]*[%!].*$', '', source, flags=re.M)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level: names = [f'mri_unlearn.{node.module or a.name}' for a in node.names]
         elif isinstance(node, ast.ImportFrom): names = [node.module] + [f'{node.module}.{a.name}' for a in node.names]
         else: continue
-        yield from {n.split('.')[1] for n in names if n.startswith('mri_unlearn.')} & set(MODULES)
+        yield from {n.partition('.')[2] for n in names if n.startswith('mri_unlearn.')} & set(MODULES)
+
+
+def code_cells(nb, exported=False):
+    return [c.source for c in nb.cells if c.cell_type == 'code' and (not exported or re.match(r'#\|\s*export', c.source))]
 
 
 def wrong_order(nb, number):
     "Imports of a chapter that comes later"
-    return [m for c in nb.cells if c.cell_type == 'code' for m in imported(c.source) if MODULES[m] > number]
+    return [m for source in code_cells(nb) for m in imported(source) if MODULES[m] > number]
+
+
+def wrong_floor(nb, part):
+    "What a module imports from a part on its own floor or above"
+    parts = {m: m.split('.')[0] for source in code_cells(nb, exported=True) for m in imported(source)}
+    return [m for m, other in parts.items() if other != part and FLOOR[other] >= FLOOR[part]]
 
 
 def wrong_opening(nb):
@@ -86,7 +99,7 @@ def wrong_opening(nb):
     first, second = (c.source.strip() for c in nb.cells[:2])
     found = []
     if nb.cells[0].cell_type != 'markdown' or not re.match(r'# \S.*\n+> \S[^\n]+$', first): found.append('no `# Title` and `> summary` alone in the first cell')
-    if not re.match(r'#\|\s*default_exp \w+$', second): found.append('no `#| default_exp` in the second cell')
+    if not re.match(r'#\|\s*default_exp [\w.]+$', second): found.append('no `#| default_exp` in the second cell')
     return found
 
 
@@ -120,13 +133,14 @@ def wrong_outputs(nb):
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 def test_chapter(path):
     nb = read(path)
-    assert [*wrong_opening(nb), *wrong_order(nb, int(path.name[:2])), *wrong_end(nb), *wrong_cells(nb)] == []
+    part = path.stem[3:].split('.')[0]
+    assert [*wrong_opening(nb), *wrong_order(nb, int(path.name[:2])), *wrong_floor(nb, part), *wrong_end(nb), *wrong_cells(nb)] == []
 
 
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 def test_summary_is_the_docstring(path):
     summary = re.search(r'^> (.+)$', read(path).cells[0].source, flags=re.M)[1]
-    module = ROOT/'mri_unlearn'/f'{path.stem[3:]}.py'
+    module = ROOT/'mri_unlearn'/f'{path.stem[3:].replace(".", "/")}.py'
     assert ast.get_docstring(ast.parse(module.read_text(encoding='utf-8'))).strip() == summary.strip()
 
 
@@ -139,10 +153,11 @@ def test_outputs_and_size(path):
 def test_the_checks_notice_what_is_wrong():
     out = lambda text, name='stdout': new_output('stream', name=name, text=text)
     bad = new_notebook(cells=[new_markdown_cell('## No title'), new_code_cell('import os'),
-                              new_code_cell('%matplotlib inline\nfrom mri_unlearn.plots import show_mask\nimport mri_unlearn.kspace'),
-                              new_code_cell('#| export\n' + 'x = 1\n'*60)])
+                              new_code_cell('%matplotlib inline\nfrom mri_unlearn.show.plots import plot_trace\nimport mri_unlearn.signal.kspace'),
+                              new_code_cell('#| export\nfrom mri_unlearn.show import plots\n' + 'x = 1\n'*60)])
     assert len(wrong_opening(bad)) == 2 and wrong_end(bad) and wrong_cells(bad)
-    assert wrong_order(bad, 0) == ['plots'] and wrong_order(bad, 99) == []
+    assert wrong_order(bad, 0) == ['show.plots']*2 and wrong_order(bad, 99) == []
+    assert wrong_floor(bad, 'verdict') == wrong_floor(bad, 'data') == ['show.plots'] and wrong_floor(bad, 'experiment') == wrong_floor(bad, 'show') == []
     texts = ['wrote /some/where/x.h5', r'wrote C:\\some\\where', '<Thing object at 0x7f12ab34cd>', 'x.py:3: UserWarning: no', '5/10 [00:01, 3.2it/s]']
     for text in texts: assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out(text)])])), text
     assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out('fine', 'stderr')])]))

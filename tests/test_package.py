@@ -53,7 +53,8 @@ print(json.dumps([mri_unlearn.__file__, names, [t for t in ('nbdev', 'pytest', '
     assert str(other.parent) in file, f'imported from {file}, not from the second environment'
     assert not tools, f'{tools} are there, so this proves less than it should'
     from conftest import ROOT
-    expected = {f'mri_unlearn.{p.stem}' for p in (ROOT/'mri_unlearn').glob('*.py')} - {'mri_unlearn.__init__'}
+    files = (p.relative_to(ROOT).with_suffix('') for p in (ROOT/'mri_unlearn').rglob('*.py'))
+    expected = {'.'.join(p.parts).removesuffix('.__init__') for p in files} - {'mri_unlearn'}
     assert set(names) == expected
 
 

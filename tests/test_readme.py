@@ -47,13 +47,13 @@ def test_rendering_rules(tmp_path):
     stream = lambda text: [new_output('stream', name='stdout', text=text)]
     table = [new_output('execute_result', data={'text/html': '<style>x</style>', 'text/plain': 'plain text'})]
     text = render_readme.render(small(
-        tmp_path, new_markdown_cell('# Name\n\n![picture](images/a.png) [chapter](00_kspace.ipynb#part) [`code`](05_masks.ipynb)\n'
+        tmp_path, new_markdown_cell('# Name\n\n![picture](images/a.png) [chapter](00_signal.kspace.ipynb#part) [`code`](05_signal.masks.ipynb)\n'
                                     '[up](../LICENSE) [out](https://example.org/x) [here](#name) `](images/no.png)`\n\n'
                                     '```sh\necho "](images/no.png)"\n```'),
         new_code_cell('#| hide\nsecret = 1', outputs=stream('secret output')),
         new_code_cell('#| echo: false\nprint(table)', outputs=stream('only the output')),
         new_code_cell('#| eval: false\nshown = 2', outputs=table), new_markdown_cell('The end.')))
-    assert '![picture](nbs/images/a.png) [chapter](nbs/00_kspace.ipynb#part) [`code`](nbs/05_masks.ipynb)' in text
+    assert '![picture](nbs/images/a.png) [chapter](nbs/00_signal.kspace.ipynb#part) [`code`](nbs/05_signal.masks.ipynb)' in text
     assert '[up](LICENSE) [out](https://example.org/x) [here](#name) `](images/no.png)`' in text
     assert 'echo "](images/no.png)"' in text
     assert 'secret' not in text and '#|' not in text and 'print(table)' not in text and '<style>' not in text

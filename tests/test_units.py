@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mri_unlearn.protocol import PAPER, run_protocol
-from mri_unlearn.simulate import simulate_dataset
+from mri_unlearn.experiment.settings import PAPER
+from mri_unlearn.experiment.protocol import run_protocol
+from mri_unlearn.phantom.simulate import simulate_dataset
 
 TRIED = (*PAPER, 'proxy', 'retrain')
 
