@@ -1,4 +1,5 @@
 """Packaging: every fact comes from settings.ini, the file nbdev reads too."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -6,9 +7,9 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=['='])
-config.read(here/'settings.ini', encoding='utf-8')
+config.read(here / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-readme = here/'README.md'
+readme = here / 'README.md'
 
 setup(
     name=cfg['lib_name'],
@@ -21,16 +22,20 @@ setup(
     url=cfg['git_url'],
     license='MIT',
     keywords=cfg['keywords'],
-    packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
+    packages=find_packages(include=[cfg['lib_path'], f'{cfg["lib_path"]}.*']),
     include_package_data=True,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={'images': cfg['images_requirements'].split(), 'dev': cfg['dev_requirements'].split()},
-    entry_points={'console_scripts': cfg['console_scripts'].split(),
-                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
-    classifiers=['Development Status :: 3 - Alpha',
-                 'Intended Audience :: Science/Research',
-                 'Natural Language :: English',
-                 'Programming Language :: Python :: 3'],
+    entry_points={
+        'console_scripts': cfg['console_scripts'].split(),
+        'nbdev': [f'{cfg["lib_name"]}={cfg["lib_path"]}._modidx:d'],
+    },
+    classifiers=[
+        'Development Status :: 3 - Alpha',
+        'Intended Audience :: Science/Research',
+        'Natural Language :: English',
+        'Programming Language :: Python :: 3',
+    ],
     zip_safe=False,
 )

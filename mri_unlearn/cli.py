@@ -24,84 +24,149 @@ from tqdm import tqdm
 from . import __version__
 
 # %% ../nbs/90_cli.ipynb #2aefe14c
-MOST_ROWS = 100   # that `index` prints
+MOST_ROWS = 100  # that `index` prints
 IMAGES_ONLY = ('organ', 'plane', 'coils', 'recon', 'fov', 'snr', 'slices', 'limit_volumes', 'patient', 'strict')
+
 
 def do_simulate(a):
     "Write a folder of simulated fastMRI-format files"
     from mri_unlearn.phantom.simulate import simulate_dataset
     from mri_unlearn.machinery.disk import DataError
+
     given = [k for k in IMAGES_ONLY if getattr(a, k) not in (None, False)]
-    if given and not a.from_images: raise DataError(f'--{given[0].replace("_", "-")} goes with --from-images DIR; simulated anatomy has its own')
-    if a.preset and a.from_images: raise DataError('--preset is for simulated anatomy, --from-images for images: give one of them')
+    if given and not a.from_images:
+        raise DataError(f'--{given[0].replace("_", "-")} goes with --from-images DIR; simulated anatomy has its own')
+    if a.preset and a.from_images:
+        raise DataError('--preset is for simulated anatomy, --from-images for images: give one of them')
     index = from_images(a) if a.from_images else simulate_dataset(a.out, a.preset or 'small', a.seed)
     print(f'{len(index)} volumes, {index.slices.sum()} slices in {a.out}; their k-space is simulated')
+
 
 def from_images(a):
     "k-space from volumes of images"
     from mri_unlearn.phantom.image_sets import simulate_from_images
-    options = {k: getattr(a, k) for k in ('seed', 'coils', 'recon', 'fov', 'organ', 'plane', 'slices', 'val_fraction', 'snr', 'patient', 'strict')}
+
+    options = {
+        k: getattr(a, k)
+        for k in (
+            'seed',
+            'coils',
+            'recon',
+            'fov',
+            'organ',
+            'plane',
+            'slices',
+            'val_fraction',
+            'snr',
+            'patient',
+            'strict',
+        )
+    }
     return simulate_from_images(a.from_images, a.out, limit=a.limit_volumes, **options)
+
 
 def index_of(a):
     "The index of --data, with the options that go with it"
     from mri_unlearn.data.volumes import index_volumes
+
     return index_volumes(a.data, strict=a.strict, organ=a.organ, cache=not a.no_cache)
+
 
 def do_index(a):
     "List the volumes of a folder"
     from mri_unlearn.machinery.disk import atomic_path
+
     index = index_of(a)
     if a.csv:
-        with atomic_path(a.csv) as tmp: index.to_csv(tmp, index=False)
-    columns = ['fname', 'organ', 'acquisition', 'patient_id', 'site', 'slices', 'coils', 'rows', 'cols', 'recon_rows', 'recon_cols', 'has_target', 'source']
-    shown = index[columns].assign(patient_id=index.patient_id.str.slice(0, 12))      # real ones have 64 characters
+        with atomic_path(a.csv) as tmp:
+            index.to_csv(tmp, index=False)
+    columns = [
+        'fname',
+        'organ',
+        'acquisition',
+        'patient_id',
+        'site',
+        'slices',
+        'coils',
+        'rows',
+        'cols',
+        'recon_rows',
+        'recon_cols',
+        'has_target',
+        'source',
+    ]
+    shown = index[columns].assign(patient_id=index.patient_id.str.slice(0, 12))  # real ones have 64 characters
     print(shown.head(MOST_ROWS).to_string(index=False))
-    if len(index) > MOST_ROWS: print(f'… and {len(index) - MOST_ROWS} more (--csv FILE writes all); in short:\n{in_short(index)}')
+    if len(index) > MOST_ROWS:
+        print(f'… and {len(index) - MOST_ROWS} more (--csv FILE writes all); in short:\n{in_short(index)}')
     say_skipped(index)
+
 
 def in_short(index):
     "Volumes and slices by folder, organ and size of the image"
-    groups = index.assign(image=index.recon_rows.astype(str) + ' x ' + index.recon_cols.astype(str)).groupby(['folder', 'organ', 'image', 'source'])
-    return groups.agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum')).reset_index().to_string(index=False)
+    groups = index.assign(image=index.recon_rows.astype(str) + ' x ' + index.recon_cols.astype(str)).groupby(
+        ['folder', 'organ', 'image', 'source']
+    )
+    return (
+        groups.agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum'))
+        .reset_index()
+        .to_string(index=False)
+    )
+
 
 def say_skipped(index):
     "Once more, at the end, which files were left out"
-    for path, why in index.attrs.get('skipped', []): print(f'left out: {why}', file=sys.stderr)
+    for path, why in index.attrs.get('skipped', []):
+        print(f'left out: {why}', file=sys.stderr)
 
 # %% ../nbs/90_cli.ipynb #d69ce9c0
-HELD_OUT = 0   # seed of the division of patients where folders do not tell
+HELD_OUT = 0  # seed of the division of patients where folders do not tell
+
 
 def training_volumes(index):
     "Rows of the index that may be trained on"
     from mri_unlearn.data.request import held_out_by_folder, held_out_by_patient
+
     test = held_out_by_folder(index)
-    return index[~(held_out_by_patient(index, .2, HELD_OUT) if test is None else test)]
+    return index[~(held_out_by_patient(index, 0.2, HELD_OUT) if test is None else test)]
 
 # %% ../nbs/90_cli.ipynb #d5006951
 def splits_of(a):
     "The index of --data with its split by --forget"
     from mri_unlearn.data.request import ForgetRequest
+
     return ForgetRequest(a.forget).split(with_targets(index_of(a)), seed=HELD_OUT)
+
 
 def with_targets(index):
     "Volumes that can be trained on and scored; those of test folders are left out"
     from mri_unlearn.machinery.disk import DataError
+
     usable = index[index.has_target]
-    if not len(usable): raise DataError(f'none of the {len(index)} volumes has a target (reconstruction_rss): they can be reconstructed, not trained on or scored')
+    if not len(usable):
+        raise DataError(
+            f'none of the {len(index)} volumes has a target (reconstruction_rss): they can be reconstructed, not trained on or scored'
+        )
     return usable
+
 
 def mask_of(a):
     "The mask function that the options describe"
     from mri_unlearn.signal.masks import mask_func
+
     return mask_func(a.mask, [a.center_fraction], [a.acceleration])
 
 # %% ../nbs/90_cli.ipynb #59e4646f
 def new_model(a):
     "The untrained network that the options describe"
     from mri_unlearn.network.weights import new_unet, new_varnet
-    if a.model == 'unet': return new_unet(a.seed, chans=a.chans, num_pool_layers=a.pools)
-    return new_varnet(a.seed, num_cascades=a.cascades, sens_chans=a.sens_chans, sens_pools=a.pools, chans=a.chans, pools=a.pools)
+
+    if a.model == 'unet':
+        return new_unet(a.seed, chans=a.chans, num_pool_layers=a.pools)
+    return new_varnet(
+        a.seed, num_cascades=a.cascades, sens_chans=a.sens_chans, sens_pools=a.pools, chans=a.chans, pools=a.pools
+    )
+
 
 def do_train(a):
     "Train a network on the volumes of a folder"
@@ -109,17 +174,23 @@ def do_train(a):
     from mri_unlearn.network.learner import ProgressBar, SkipValidation, recon_learner
     from mri_unlearn.network.weights import input_of, save_weights
     from mri_unlearn.machinery.disk import DataError
+
     must_be_writable(a.out)
     index = with_targets(index_of(a))
     rows = training_volumes(index)
     if a.only:
         from mri_unlearn.data.request import ForgetRequest
+
         rows = rows[ForgetRequest(a.only).select(rows)]
-    if not len(rows): raise DataError(f'{a.data}: no volumes are left to train on; some patients are held back for testing')
+    if not len(rows):
+        raise DataError(f'{a.data}: no volumes are left to train on; some patients are held back for testing')
     model = new_model(a)
-    dls = recon_dls(rows, rows.head(1), mask_of(a), bs=a.batch_size, seed=a.seed, num_workers=a.workers, input=input_of(model))
+    dls = recon_dls(
+        rows, rows.head(1), mask_of(a), bs=a.batch_size, seed=a.seed, num_workers=a.workers, input=input_of(model)
+    )
     learn = recon_learner(dls, model, loss=a.loss, cbs=[SkipValidation(), ProgressBar(f'train on {len(rows)} volumes')])
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(a.epochs, a.lr)
     save_weights(learn.model, a.out)
     print(f'trained on {len(rows)} of {len(index)} volumes, {len(dls.train_ds)} slices; weights in {a.out}')
 
@@ -130,15 +201,28 @@ def do_unlearn(a):
     from mri_unlearn.network.learner import ProgressBar, recon_learner
     from mri_unlearn.network.weights import input_of, load_network, save_weights
     from mri_unlearn.unlearn.core import unlearn
+
     must_be_writable(a.out)
     net, splits = load_network(a.model), splits_of(a)
     train = splits[splits.split.str.endswith('train')]
     dls = recon_dls(train, train.head(1), mask_of(a), seed=a.seed, num_workers=a.workers, input=input_of(net))
-    done = unlearn(recon_learner(dls, net, loss=a.loss), train, a.method, a.retain_fraction, epochs=a.rounds, steps=a.steps, bs=a.batch_size,
-                   lr=a.lr, seed=a.seed, cbs=[ProgressBar(f'{a.method}, retain fraction {a.retain_fraction:g}')])
+    done = unlearn(
+        recon_learner(dls, net, loss=a.loss),
+        train,
+        a.method,
+        a.retain_fraction,
+        epochs=a.rounds,
+        steps=a.steps,
+        bs=a.batch_size,
+        lr=a.lr,
+        seed=a.seed,
+        cbs=[ProgressBar(f'{a.method}, retain fraction {a.retain_fraction:g}')],
+    )
     save_weights(done.model, a.out)
     used = done.dls.train_ds.volumes.split.value_counts()
-    print(f'{a.method}: {used.get("forget_train", 0)} forget and {used.get("retain_train", 0)} retain volumes at hand; weights in {a.out}')
+    print(
+        f'{a.method}: {used.get("forget_train", 0)} forget and {used.get("retain_train", 0)} retain volumes at hand; weights in {a.out}'
+    )
 
 # %% ../nbs/90_cli.ipynb #2c3fa66e
 def do_evaluate(a):
@@ -148,62 +232,105 @@ def do_evaluate(a):
     from mri_unlearn.verdict.evaluate import evaluate
     from mri_unlearn.network.weights import input_of, load_network
     from mri_unlearn.machinery.disk import atomic_path
-    if a.out: must_be_writable(a.out)
+
+    if a.out:
+        must_be_writable(a.out)
     index = splits_of(a) if a.forget else with_targets(index_of(a)).assign(split='')
     stems = [Path(m).stem for m in a.model] + ['zero_filled']
     nets = {s if stems.count(s) == 1 else str(m): load_network(m) for s, m in zip(stems, a.model)}
-    if a.zero_filled or not a.model: nets['zero_filled'] = None
-    dls = {kind: ReconDL(SliceDataset(index, mask_of(a), input=kind), bs=a.batch_size, num_workers=a.workers) for kind in INPUTS}
+    if a.zero_filled or not a.model:
+        nets['zero_filled'] = None
+    dls = {
+        kind: ReconDL(SliceDataset(index, mask_of(a), input=kind), bs=a.batch_size, num_workers=a.workers)
+        for kind in INPUTS
+    }
     scores = pd.concat([evaluate(net, dls[input_of(net)]).assign(model=name) for name, net in nets.items()])
     if a.out:
-        with atomic_path(a.out) as tmp: scores.to_csv(tmp, index=False)
-    print(scores.groupby(['model', 'organ', 'split', 'source'], sort=False)[['nmse', 'psnr', 'ssim']].mean().round(4).reset_index().to_string(index=False))
+        with atomic_path(a.out) as tmp:
+            scores.to_csv(tmp, index=False)
+    print(
+        scores.groupby(['model', 'organ', 'split', 'source'], sort=False)[['nmse', 'psnr', 'ssim']]
+        .mean()
+        .round(4)
+        .reset_index()
+        .to_string(index=False)
+    )
 
 # %% ../nbs/90_cli.ipynb #e09e0de3
 def do_reconstruct(a):
     "Write the images of a network as files that fastMRI's evaluate.py reads"
     from mri_unlearn.network.weights import load_network
     from mri_unlearn.verdict.reconstruct import reconstruct
+
     about = {k: getattr(a, k) for k in ('mask', 'acceleration', 'center_fraction')}
     net, index = None if a.zero_filled else load_network(a.model), index_of(a)
     n = reconstruct(net, index, mask_of(a), a.out, about, bs=a.batch_size, png=a.png, num_workers=a.workers)
-    print(f'volumes reconstructed: {n}, there already: {len(index) - n}; in {a.out}, NAME.h5 with the dataset reconstruction')
+    print(
+        f'volumes reconstructed: {n}, there already: {len(index) - n}; in {a.out}, NAME.h5 with the dataset reconstruction'
+    )
     say_skipped(index)
 
 # %% ../nbs/90_cli.ipynb #5d19ddf1
 def read_method_settings(path):
     "A JSON file: method -> settings"
     from mri_unlearn.machinery.disk import DataError
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise DataError(f'{path}: expected a JSON file with settings of methods ({e})') from e
+
+    try:
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise DataError(f'{path}: expected a JSON file with settings of methods ({e})') from e
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
         raise DataError(f'{path}: expected settings by method, such as {{"nl_ft": {{"lam": 0.1}}}}')
     return found
 
 # %% ../nbs/90_cli.ipynb #4d201a76
-SETTINGS = ('seed', 'model', 'epochs', 'oracle_seeds', 'methods', 'rounds', 'steps', 'study_fractions', 'unlearn_seeds', 'hallucination', 'limit_volumes', 'num_workers', 'test')
+SETTINGS = (
+    'seed',
+    'model',
+    'epochs',
+    'oracle_seeds',
+    'methods',
+    'rounds',
+    'steps',
+    'study_fractions',
+    'unlearn_seeds',
+    'hallucination',
+    'limit_volumes',
+    'num_workers',
+    'test',
+)
+
 
 def do_protocol(a):
     "Simulate, train, unlearn, compare with the Oracle, report"
-    reason = a.reason if a.reason is not None else '' if a.forget else None     # the preset's reason belongs to its own query
+    reason = (
+        a.reason if a.reason is not None else '' if a.forget else None
+    )  # the preset's reason belongs to its own query
     settings = dict(query=a.forget, reason=reason, fraction=a.retain_fraction, **{k: getattr(a, k) for k in SETTINGS})
     if a.full:
         from mri_unlearn.experiment.settings import full
+
         settings = full() | {k: v for k, v in settings.items() if v is not None}
-    if a.method_settings: settings['method_settings'] = read_method_settings(a.method_settings)
+    if a.method_settings:
+        settings['method_settings'] = read_method_settings(a.method_settings)
     if a.dry_run:
         from mri_unlearn.experiment.dryrun import describe, dry_run
+
         return print(describe(*dry_run(a.preset, a.data, strict=a.strict, organ=a.organ, jobs=a.jobs, **settings)))
     from mri_unlearn.experiment.protocol import run_protocol
-    out = Path(a.out or Path('runs')/a.preset)
+
+    out = Path(a.out or Path('runs') / a.preset)
     run_protocol(a.preset, out, a.data, strict=a.strict, organ=a.organ, jobs=a.jobs, **settings)
-    print((out/'table.md').read_text(encoding='utf-8'))
-    print(f'Report: {out/"report.html"}')
-    for _, why in json.loads((out/'config.json').read_text())['data'].get('skipped', []): print(f'left out: {why}', file=sys.stderr)
+    print((out / 'table.md').read_text(encoding='utf-8'))
+    print(f'Report: {out / "report.html"}')
+    for _, why in json.loads((out / 'config.json').read_text())['data'].get('skipped', []):
+        print(f'left out: {why}', file=sys.stderr)
+
 
 def do_report(a):
     "Write the figures and the report of a finished run once more"
     from mri_unlearn.show.page import write_figures, write_report
+
     write_figures(a.run)
     print(f'Report: {write_report(a.run)}')
 
@@ -211,30 +338,57 @@ def do_report(a):
 def do_tune(a):
     "Choose settings of methods on a development data set"
     from mri_unlearn.experiment.tuning import tune
-    settings = {k: v for k, v in dict(epochs=a.epochs, model=a.model, fraction=a.retain_fraction).items() if v is not None}
+
+    settings = {
+        k: v for k, v in dict(epochs=a.epochs, model=a.model, fraction=a.retain_fraction).items() if v is not None
+    }
     table = tune(a.out, a.preset, a.methods, a.seed, jobs=a.jobs, **settings)
     best = table.groupby('method').head(1).sort_values('distance_db')
-    print(best[['method', 'settings', 'gap_retain_db', 'gap_forget_db', 'below_floor_db', 'distance_db']].round(2).to_string(index=False))
-    print(f'All trials: {Path(a.out)/"trials.csv"}; chosen: {Path(a.out)/"tuned.json"}, for `mri_unlearn protocol --method-settings`')
+    print(
+        best[['method', 'settings', 'gap_retain_db', 'gap_forget_db', 'below_floor_db', 'distance_db']]
+        .round(2)
+        .to_string(index=False)
+    )
+    print(
+        f'All trials: {Path(a.out) / "trials.csv"}; chosen: {Path(a.out) / "tuned.json"}, for `mri_unlearn protocol --method-settings`'
+    )
 
 # %% ../nbs/90_cli.ipynb #1a0a340a
 def must_be_writable(
-    path, # file that a command will write at its end
+    path,  # file that a command will write at its end
 ):
     "Complain now if the file could not be written later"
     from mri_unlearn.machinery.disk import DataError
+
     path = Path(path)
-    if path.is_dir(): raise DataError(f'{path}: is a folder; expected the name of a file to write')
-    if not path.parent.is_dir(): raise DataError(f'{path}: there is no folder {path.parent}; make it first')
-    if not os.access(path.parent, os.W_OK): raise DataError(f'{path}: the folder {path.parent} cannot be written to')
+    if path.is_dir():
+        raise DataError(f'{path}: is a folder; expected the name of a file to write')
+    if not path.parent.is_dir():
+        raise DataError(f'{path}: there is no folder {path.parent}; make it first')
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f'{path}: the folder {path.parent} cannot be written to')
 
 # %% ../nbs/90_cli.ipynb #a7ad9411
 def add_files(p, required=True):
     "Options that say which files, and what to do with odd ones"
-    p.add_argument('--data', required=required, nargs='+', action='extend', metavar='DIR', help='folder(s) of fastMRI-format files, with subfolders; may be repeated'
-                   + ('' if required else '; default: simulated data'))
-    p.add_argument('--strict', action='store_true', help='stop at a file that cannot be read; otherwise it is left out, with a warning')
-    p.add_argument('--organ', metavar='NAME', help='organ of files that do not tell it by their name, acquisition or header')
+    p.add_argument(
+        '--data',
+        required=required,
+        nargs='+',
+        action='extend',
+        metavar='DIR',
+        help='folder(s) of fastMRI-format files, with subfolders; may be repeated'
+        + ('' if required else '; default: simulated data'),
+    )
+    p.add_argument(
+        '--strict',
+        action='store_true',
+        help='stop at a file that cannot be read; otherwise it is left out, with a warning',
+    )
+    p.add_argument(
+        '--organ', metavar='NAME', help='organ of files that do not tell it by their name, acquisition or header'
+    )
+
 
 def add_data(p, forget=False):
     "Options of the commands that work on an index"
@@ -242,56 +396,104 @@ def add_data(p, forget=False):
     p.add_argument('--no-cache', action='store_true', help='read the header of every file again')
     p.add_argument('--workers', type=int, default=0, metavar='N', help='processes that read files')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--forget', required=forget, metavar='QUERY', help='''what is to be forgotten, a query over the index such as "organ == 'knee'" or "patient_id == 'k0003'"''')
+    p.add_argument(
+        '--forget',
+        required=forget,
+        metavar='QUERY',
+        help='''what is to be forgotten, a query over the index such as "organ == 'knee'" or "patient_id == 'k0003'"''',
+    )
+
 
 def add_mask(p, loss=True):
     "Options that say how k-space is undersampled, and which loss judges the result"
-    p.add_argument('--mask', default='equispaced', choices=['random', 'equispaced', 'equispaced_fraction', 'magic', 'magic_fraction'])
+    p.add_argument(
+        '--mask',
+        default='equispaced',
+        choices=['random', 'equispaced', 'equispaced_fraction', 'magic', 'magic_fraction'],
+    )
     p.add_argument('--acceleration', type=int, default=4)
-    p.add_argument('--center-fraction', type=float, default=.08)
+    p.add_argument('--center-fraction', type=float, default=0.08)
     p.add_argument('--batch-size', type=positive, default=8, help='slices in a batch')
-    if loss: p.add_argument('--loss', default='l1', choices=['l1', 'ssim'], help='ssim: the paper\'s 1 - SSIM + 1e-5 L1')
+    if loss:
+        p.add_argument('--loss', default='l1', choices=['l1', 'ssim'], help="ssim: the paper's 1 - SSIM + 1e-5 L1")
+
 
 def positive(text):
     "A whole number above 0"
     n = int(text)
-    if n < 1: raise argparse.ArgumentTypeError(f'expected a whole number above 0, found {text}')
+    if n < 1:
+        raise argparse.ArgumentTypeError(f'expected a whole number above 0, found {text}')
     return n
 
 # %% ../nbs/90_cli.ipynb #a82f1698
 def add_networks(sub):
     "The commands that handle one network: train, unlearn, evaluate, reconstruct"
-    p = sub.add_parser('train', help='train a network on a folder of files'); p.set_defaults(do=do_train); add_data(p); add_mask(p)
+    p = sub.add_parser('train', help='train a network on a folder of files')
+    p.set_defaults(do=do_train)
+    add_data(p)
+    add_mask(p)
     p.add_argument('--out', required=True, metavar='FILE.pt')
-    p.add_argument('--only', metavar='QUERY', help="train on these volumes only, e.g. \"organ == 'brain'\"")
-    p.add_argument('--epochs', type=positive, default=12); p.add_argument('--lr', type=float, default=3e-3, help='peak of the one-cycle schedule')
-    p.add_argument('--model', default='unet', choices=['unet', 'varnet']); p.add_argument('--cascades', type=positive, default=12, help='of a VarNet')
-    p.add_argument('--chans', type=positive, default=16); p.add_argument('--pools', type=positive, default=4)
-    p.add_argument('--sens-chans', type=positive, default=8, help='channels of a VarNet\'s sensitivity network')
-    p = sub.add_parser('unlearn', help='make a trained network forget'); p.set_defaults(do=do_unlearn); add_data(p, forget=True); add_mask(p)
-    p.add_argument('--model', required=True, metavar='FILE.pt'); p.add_argument('--out', required=True, metavar='FILE.pt')
-    p.add_argument('--method', default='nl_ft', help='see the table in the chapter 45_unlearn.core; an unknown name lists them all')
-    p.add_argument('--retain-fraction', type=float, default=.1, help='share of the retained training volumes that may be used')
-    p.add_argument('--rounds', type=positive, default=3); p.add_argument('--steps', type=positive, help='batches a round; default: one pass')
+    p.add_argument('--only', metavar='QUERY', help='train on these volumes only, e.g. "organ == \'brain\'"')
+    p.add_argument('--epochs', type=positive, default=12)
+    p.add_argument('--lr', type=float, default=3e-3, help='peak of the one-cycle schedule')
+    p.add_argument('--model', default='unet', choices=['unet', 'varnet'])
+    p.add_argument('--cascades', type=positive, default=12, help='of a VarNet')
+    p.add_argument('--chans', type=positive, default=16)
+    p.add_argument('--pools', type=positive, default=4)
+    p.add_argument('--sens-chans', type=positive, default=8, help="channels of a VarNet's sensitivity network")
+    p = sub.add_parser('unlearn', help='make a trained network forget')
+    p.set_defaults(do=do_unlearn)
+    add_data(p, forget=True)
+    add_mask(p)
+    p.add_argument('--model', required=True, metavar='FILE.pt')
+    p.add_argument('--out', required=True, metavar='FILE.pt')
+    p.add_argument(
+        '--method', default='nl_ft', help='see the table in the chapter 45_unlearn.core; an unknown name lists them all'
+    )
+    p.add_argument(
+        '--retain-fraction', type=float, default=0.1, help='share of the retained training volumes that may be used'
+    )
+    p.add_argument('--rounds', type=positive, default=3)
+    p.add_argument('--steps', type=positive, help='batches a round; default: one pass')
     p.add_argument('--lr', type=float, default=1e-3)
-    p = sub.add_parser('evaluate', help='score networks, volume by volume'); p.set_defaults(do=do_evaluate); add_data(p); add_mask(p)
-    p.add_argument('--model', nargs='*', default=[], metavar='FILE.pt'); p.add_argument('--out', metavar='FILE.csv')
+    p = sub.add_parser('evaluate', help='score networks, volume by volume')
+    p.set_defaults(do=do_evaluate)
+    add_data(p)
+    add_mask(p)
+    p.add_argument('--model', nargs='*', default=[], metavar='FILE.pt')
+    p.add_argument('--out', metavar='FILE.csv')
     p.add_argument('--zero-filled', action='store_true', help='score the zero-filled image as well')
-    p = sub.add_parser('reconstruct', help='write the images of a network as fastMRI-format predictions'); p.set_defaults(do=do_reconstruct); add_data(p); add_mask(p, loss=False)
+    p = sub.add_parser('reconstruct', help='write the images of a network as fastMRI-format predictions')
+    p.set_defaults(do=do_reconstruct)
+    add_data(p)
+    add_mask(p, loss=False)
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument('--model', metavar='FILE.pt', help='weights, fastMRI state_dict or Lightning checkpoint'); which.add_argument('--zero-filled', action='store_true')
-    p.add_argument('--out', required=True, metavar='DIR'); p.add_argument('--png', action='store_true', help='also a picture of each volume')
+    which.add_argument('--model', metavar='FILE.pt', help='weights, fastMRI state_dict or Lightning checkpoint')
+    which.add_argument('--zero-filled', action='store_true')
+    p.add_argument('--out', required=True, metavar='DIR')
+    p.add_argument('--png', action='store_true', help='also a picture of each volume')
 
 # %% ../nbs/90_cli.ipynb #55e2673b
 def add_images(p):
     "Options of `simulate` for k-space from images"
-    p.add_argument('--from-images', metavar='DIR', help='make k-space from the NIfTI, DICOM or .npy volumes in this folder instead of simulated anatomy; e.g. with --slices 16 --recon 320 320')
+    p.add_argument(
+        '--from-images',
+        metavar='DIR',
+        help='make k-space from the NIfTI, DICOM or .npy volumes in this folder instead of simulated anatomy; e.g. with --slices 16 --recon 320 320',
+    )
     g = p.add_argument_group('with --from-images')
-    g.add_argument('--organ', metavar='NAME', help='what the images show, where they do not tell'); g.add_argument('--plane', choices=['axial', 'coronal', 'sagittal'])
-    g.add_argument('--coils', type=positive); g.add_argument('--recon', type=positive, nargs=2, metavar=('ROWS', 'COLS'), help='size of the image; default: its own')
-    g.add_argument('--fov', type=float, nargs=2, metavar=('ROWS', 'COLS'), help='field of view, mm; default: its own'); g.add_argument('--snr', type=float)
-    g.add_argument('--slices', type=positive, metavar='N', help='the middle N slices'); g.add_argument('--limit-volumes', type=positive, metavar='N')
-    g.add_argument('--val-fraction', type=float, default=.2, help='share of the patients for testing'); g.add_argument('--patient', metavar='REGEX', help='where a path names the patient')
+    g.add_argument('--organ', metavar='NAME', help='what the images show, where they do not tell')
+    g.add_argument('--plane', choices=['axial', 'coronal', 'sagittal'])
+    g.add_argument('--coils', type=positive)
+    g.add_argument(
+        '--recon', type=positive, nargs=2, metavar=('ROWS', 'COLS'), help='size of the image; default: its own'
+    )
+    g.add_argument('--fov', type=float, nargs=2, metavar=('ROWS', 'COLS'), help='field of view, mm; default: its own')
+    g.add_argument('--snr', type=float)
+    g.add_argument('--slices', type=positive, metavar='N', help='the middle N slices')
+    g.add_argument('--limit-volumes', type=positive, metavar='N')
+    g.add_argument('--val-fraction', type=float, default=0.2, help='share of the patients for testing')
+    g.add_argument('--patient', metavar='REGEX', help='where a path names the patient')
     g.add_argument('--strict', action='store_true', help='stop at a file that cannot be read')
 
 # %% ../nbs/90_cli.ipynb #5e01ebf0
@@ -301,45 +503,107 @@ def build_parser():
     parser.add_argument('--version', action='version', version=__version__)
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     sub = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    p = sub.add_parser('simulate', help='write simulated fastMRI-format files'); p.set_defaults(do=do_simulate)
-    p.add_argument('--out', required=True, metavar='DIR'); p.add_argument('--preset', help='tiny, small (default) or medium: simulated anatomy'); p.add_argument('--seed', type=int, default=0)
+    p = sub.add_parser('simulate', help='write simulated fastMRI-format files')
+    p.set_defaults(do=do_simulate)
+    p.add_argument('--out', required=True, metavar='DIR')
+    p.add_argument('--preset', help='tiny, small (default) or medium: simulated anatomy')
+    p.add_argument('--seed', type=int, default=0)
     add_images(p)
-    p = sub.add_parser('index', help='list the volumes of a folder'); p.set_defaults(do=do_index); add_files(p)
-    p.add_argument('--csv', metavar='FILE.csv', help='write all columns there'); p.add_argument('--no-cache', action='store_true', help='read the header of every file again')
+    p = sub.add_parser('index', help='list the volumes of a folder')
+    p.set_defaults(do=do_index)
+    add_files(p)
+    p.add_argument('--csv', metavar='FILE.csv', help='write all columns there')
+    p.add_argument('--no-cache', action='store_true', help='read the header of every file again')
     add_networks(sub)
-    p = sub.add_parser('protocol', help='the whole experiment, resumable'); p.set_defaults(do=do_protocol)
-    p.add_argument('--preset', default='small'); p.add_argument('--out', metavar='DIR', help='folder of the run; default: runs/PRESET')
+    p = sub.add_parser('protocol', help='the whole experiment, resumable')
+    p.set_defaults(do=do_protocol)
+    p.add_argument('--preset', default='small')
+    p.add_argument('--out', metavar='DIR', help='folder of the run; default: runs/PRESET')
     add_files(p, required=False)
     p.add_argument('--model', choices=['unet', 'varnet'], help='default: that of the preset')
     p.add_argument('--limit-volumes', type=positive, metavar='N', help='use at most N volumes of each split')
-    p.add_argument('--test', choices=['auto', 'folder', 'patient'], help='what is held out for testing: by folder names, or patients drawn at random; default: folders where they tell')
+    p.add_argument(
+        '--test',
+        choices=['auto', 'folder', 'patient'],
+        help='what is held out for testing: by folder names, or patients drawn at random; default: folders where they tell',
+    )
     p.add_argument('--workers', dest='num_workers', type=int, metavar='N', help='processes that read files')
     p.add_argument('--dry-run', action='store_true', help='only say what would be done, and estimate time and memory')
-    p.add_argument('--forget', metavar='QUERY', help="what is to be forgotten; default: organ == 'knee'"); p.add_argument('--seed', type=int)
+    p.add_argument('--forget', metavar='QUERY', help="what is to be forgotten; default: organ == 'knee'")
+    p.add_argument('--seed', type=int)
     p.add_argument('--reason', help='why, for the report')
-    p.add_argument('--epochs', type=positive); p.add_argument('--oracle-seeds', type=positive)
-    p.add_argument('--retain-fraction', type=float); p.add_argument('--methods', nargs='+')
-    p.add_argument('--retain-fractions', '--study-fractions', dest='study_fractions', type=float, nargs='*', help='retain fractions of the study with proxy and nl_ft; none: no study')
-    p.add_argument('--seeds', dest='unlearn_seeds', type=positive, metavar='N', help='runs of each method and fraction, each with other retain volumes and another order')
-    p.add_argument('--hallucination', nargs='*', metavar='METHOD', help='methods that also face a planted structure, in an experiment of its own; none: leave it out')
-    p.add_argument('--full', action='store_true', help='all methods, three seeds of each, all retain fractions of the paper, five Oracles')
-    p.add_argument('--method-settings', metavar='FILE.json', help='settings of methods that replace their defaults: {"nl_ft": {"lr": 0.001, "lam": 0.1}}; what `mri_unlearn tune` writes')
-    p.add_argument('--jobs', type=positive, metavar='N', help='networks that are trained at a time; default: one a core, or one where there is a GPU')
-    p.add_argument('--rounds', type=positive, help='of unlearning; the last one counts'); p.add_argument('--steps', type=positive, help='batches in a round')
-    p = sub.add_parser('tune', help='choose settings of methods, by as many trials for each, on a simulated data set of its own'); p.set_defaults(do=do_tune)
-    p.add_argument('--out', required=True, metavar='DIR'); p.add_argument('--preset', default='small'); p.add_argument('--seed', type=int, default=0, help='of the development data; not that of the run to come')
-    p.add_argument('--model', choices=['unet', 'varnet']); p.add_argument('--methods', nargs='+'); p.add_argument('--epochs', type=positive)
-    p.add_argument('--retain-fraction', type=float); p.add_argument('--jobs', type=positive, metavar='N', help='networks at a time')
-    p = sub.add_parser('report', help='write the report of a run again'); p.set_defaults(do=do_report); p.add_argument('run', metavar='DIR')
-    for s in sub.choices.values(): s.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='show the traceback of an error')
+    p.add_argument('--epochs', type=positive)
+    p.add_argument('--oracle-seeds', type=positive)
+    p.add_argument('--retain-fraction', type=float)
+    p.add_argument('--methods', nargs='+')
+    p.add_argument(
+        '--retain-fractions',
+        '--study-fractions',
+        dest='study_fractions',
+        type=float,
+        nargs='*',
+        help='retain fractions of the study with proxy and nl_ft; none: no study',
+    )
+    p.add_argument(
+        '--seeds',
+        dest='unlearn_seeds',
+        type=positive,
+        metavar='N',
+        help='runs of each method and fraction, each with other retain volumes and another order',
+    )
+    p.add_argument(
+        '--hallucination',
+        nargs='*',
+        metavar='METHOD',
+        help='methods that also face a planted structure, in an experiment of its own; none: leave it out',
+    )
+    p.add_argument(
+        '--full',
+        action='store_true',
+        help='all methods, three seeds of each, all retain fractions of the paper, five Oracles',
+    )
+    p.add_argument(
+        '--method-settings',
+        metavar='FILE.json',
+        help='settings of methods that replace their defaults: {"nl_ft": {"lr": 0.001, "lam": 0.1}}; what `mri_unlearn tune` writes',
+    )
+    p.add_argument(
+        '--jobs',
+        type=positive,
+        metavar='N',
+        help='networks that are trained at a time; default: one a core, or one where there is a GPU',
+    )
+    p.add_argument('--rounds', type=positive, help='of unlearning; the last one counts')
+    p.add_argument('--steps', type=positive, help='batches in a round')
+    p = sub.add_parser(
+        'tune', help='choose settings of methods, by as many trials for each, on a simulated data set of its own'
+    )
+    p.set_defaults(do=do_tune)
+    p.add_argument('--out', required=True, metavar='DIR')
+    p.add_argument('--preset', default='small')
+    p.add_argument('--seed', type=int, default=0, help='of the development data; not that of the run to come')
+    p.add_argument('--model', choices=['unet', 'varnet'])
+    p.add_argument('--methods', nargs='+')
+    p.add_argument('--epochs', type=positive)
+    p.add_argument('--retain-fraction', type=float)
+    p.add_argument('--jobs', type=positive, metavar='N', help='networks at a time')
+    p = sub.add_parser('report', help='write the report of a run again')
+    p.set_defaults(do=do_report)
+    p.add_argument('run', metavar='DIR')
+    for s in sub.choices.values():
+        s.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='show the traceback of an error')
     return parser
 
 # %% ../nbs/90_cli.ipynb #c38fa41c
 def one_line(e):
     "An exception as one line for a person"
-    text = re.sub(r'^Exception occured in `\w+` when calling event `\w+`: ', '', ' '.join(str(e).split()))     # fastai's, in front of ours
-    if isinstance(e, (ValueError, OSError)) and text: return text           # DataError is a ValueError
+    text = re.sub(
+        r'^Exception occured in `\w+` when calling event `\w+`: ', '', ' '.join(str(e).split())
+    )  # fastai's, in front of ours
+    if isinstance(e, (ValueError, OSError)) and text:
+        return text  # DataError is a ValueError
     return f'{type(e).__name__}: {text} (this looks like a fault of the program; --debug shows where)'
+
 
 def main(argv=None):
     "Run the command; returns the exit status: 0 done, 1 bad input or failure, 2 wrong options, 130 interrupted"
@@ -349,15 +613,22 @@ def main(argv=None):
             warnings.showwarning = lambda message, *_: print(f'warning: {message}', file=sys.stderr)
             args.do(args)
     except KeyboardInterrupt:
-        print('\ninterrupted; a protocol run goes on from its last finished stage when it is started again', file=sys.stderr)
+        print(
+            '\ninterrupted; a protocol run goes on from its last finished stage when it is started again',
+            file=sys.stderr,
+        )
         return 130
-    except BrokenPipeError: return 1                                          # the reader of our output went away
+    except BrokenPipeError:
+        return 1  # the reader of our output went away
     except Exception as e:
-        for bar in list(getattr(tqdm, '_instances', ())): bar.close()        # a line of its own for the error
-        if args.debug: raise
+        for bar in list(getattr(tqdm, '_instances', ())):
+            bar.close()  # a line of its own for the error
+        if args.debug:
+            raise
         print(f'error: {one_line(e)}', file=sys.stderr)
         return 1
     return 0
 
 # %% ../nbs/90_cli.ipynb #575e64ae
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # python -m mri_unlearn.cli; not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # python -m mri_unlearn.cli; not in a notebook

@@ -2,6 +2,7 @@
 
 Both sides do the same work on the same files, one after the other and again, in one process; the table gives medians and ratios.
 Files are made in a temporary folder and read once before the clock starts, so that they come from memory and not from a disk."""
+
 import argparse
 import os
 import shutil
@@ -30,8 +31,10 @@ try:
     from fastmri.data.transforms import UnetDataTransform
     from fastmri import evaluate as fastmri_evaluate
 except ImportError as e:
-    sys.exit(f'{e}. This compares with fastMRI 0.3, which needs none of its heavier dependencies here: '
-             f'pip install --no-deps fastmri==0.3.0 runstats && pip install scikit-image')
+    sys.exit(
+        f'{e}. This compares with fastMRI 0.3, which needs none of its heavier dependencies here: '
+        f'pip install --no-deps fastmri==0.3.0 runstats && pip install scikit-image'
+    )
 
 SIZES = {'knee 15×640×368': (15, 640, 368), 'brain 16×640×320': (16, 640, 320)}
 ROW = '{:52}{:>14}{:>14}{:>9}  {}'
@@ -40,8 +43,15 @@ ROW = '{:52}{:>14}{:>14}{:>9}  {}'
 def row(what, theirs, ours, ratio=None, goal=None, unit=''):
     "One line of the table; `ratio`: how many times better ours is"
     said = '' if goal is None else f'goal {goal:g}×: {"met" if ratio >= goal else "MISSED"}'
-    print(ROW.format(what, *('–' if v is None else v if isinstance(v, str) else f'{v:.3g} {unit}' for v in (theirs, ours)),
-                     '' if ratio is None else f'{ratio:.2f}×', said), flush=True)
+    print(
+        ROW.format(
+            what,
+            *('–' if v is None else v if isinstance(v, str) else f'{v:.3g} {unit}' for v in (theirs, ours)),
+            '' if ratio is None else f'{ratio:.2f}×',
+            said,
+        ),
+        flush=True,
+    )
 
 
 def seconds(repeats, *functions):
@@ -58,68 +68,107 @@ def seconds(repeats, *functions):
 def write(path, shape, recon, seed=0):
     "Noise as k-space, and as target: nothing here depends on what is to be seen"
     rng = np.random.default_rng(seed)
-    k = rng.standard_normal((*shape, 2), dtype=np.float32).view(np.complex64)[..., 0]*np.float32(1e-5)
-    target = np.abs(rng.standard_normal((shape[0], *recon), dtype=np.float32))*np.float32(1e-4)
-    write_volume(path, k, header=Header(encoded=(*shape[-2:], 1), recon=(*recon, 1)), acquisition='AXT2', patient_id=path.stem, target=target)
+    k = rng.standard_normal((*shape, 2), dtype=np.float32).view(np.complex64)[..., 0] * np.float32(1e-5)
+    target = np.abs(rng.standard_normal((shape[0], *recon), dtype=np.float32)) * np.float32(1e-4)
+    write_volume(
+        path,
+        k,
+        header=Header(encoded=(*shape[-2:], 1), recon=(*recon, 1)),
+        acquisition='AXT2',
+        patient_id=path.stem,
+        target=target,
+    )
 
 
 def loading(folder, a):
     "Slices a second from file to network input"
     for name, shape in SIZES.items():
-        root = folder/str(shape)
-        for i in range(a.files): write(root/f'file_brain_AXT2_200_{i:07d}.h5', (a.slices, *shape), (320, 320), i)
-        index, n = index_volumes(root, cache=False), a.files*a.slices
+        root = folder / str(shape)
+        for i in range(a.files):
+            write(root / f'file_brain_AXT2_200_{i:07d}.h5', (a.slices, *shape), (320, 320), i)
+        index, n = index_volumes(root, cache=False), a.files * a.slices
+
         def raw():
             for path in index.path:
                 with h5py.File(path) as f:
-                    for i in range(a.slices): f['kspace'][i]
+                    for i in range(a.slices):
+                        f['kspace'][i]
+
         def theirs(workers):
-            data = FastMRISlices(root, 'multicoil', UnetDataTransform('multicoil', EquiSpacedMaskFunc([.08], [4])))
+            data = FastMRISlices(root, 'multicoil', UnetDataTransform('multicoil', EquiSpacedMaskFunc([0.08], [4])))
             assert sum(len(b.image) for b in torch.utils.data.DataLoader(data, a.batch, num_workers=workers)) == n
+
         def ours(workers):
-            dl = ReconDL(SliceDataset(index, mask_func('equispaced', .08, 4)), bs=a.batch, num_workers=workers, device='cpu')
+            dl = ReconDL(
+                SliceDataset(index, mask_func('equispaced', 0.08, 4)), bs=a.batch, num_workers=workers, device='cpu'
+            )
             assert sum(len(x) for x, *_ in dl) == n
+
         raw()
         for workers in a.workers:
             b, o, r = seconds(a.repeats, lambda: theirs(workers), lambda: ours(workers), raw)
-            row(f'{name} → 320×320, {workers} workers', n/b, n/o, b/o, 3, 'slices/s')
-            mb = np.prod(shape)*8e-6*n
-            row('   k-space that goes through, reading alone: ' + f'{mb/r:.0f} MB/s', f'{mb/b:.0f} MB/s', f'{mb/o:.0f} MB/s')
-            print(f'   share of the bandwidth of reading alone: fastMRI {r/b:.0%}, here {r/o:.0%}')
+            row(f'{name} → 320×320, {workers} workers', n / b, n / o, b / o, 3, 'slices/s')
+            mb = np.prod(shape) * 8e-6 * n
+            row(
+                '   k-space that goes through, reading alone: ' + f'{mb / r:.0f} MB/s',
+                f'{mb / b:.0f} MB/s',
+                f'{mb / o:.0f} MB/s',
+            )
+            print(f'   share of the bandwidth of reading alone: fastMRI {r / b:.0%}, here {r / o:.0%}')
         shutil.rmtree(root)
 
 
 def indexing(folder, a):
     "First and second start over a folder of small files"
-    root, cache = folder/'many', folder/'cache'
-    write(root/'file1000000.h5', (2, 2, 32, 16), (16, 16))
-    for i in range(1, a.many): shutil.copy(root/'file1000000.h5', root/f'file1{i:06d}.h5')
+    root, cache = folder / 'many', folder / 'cache'
+    write(root / 'file1000000.h5', (2, 2, 32, 16), (16, 16))
+    for i in range(1, a.many):
+        shutil.copy(root / 'file1000000.h5', root / f'file1{i:06d}.h5')
     os.environ['MRI_UNLEARN_CACHE'] = str(cache)
-    time.sleep(3)      # files that have just changed are not kept in the cache
-    def theirs(): assert len(FastMRISlices(root, 'multicoil')) == 2*a.many
-    def kept(): FastMRISlices(root, 'multicoil', use_dataset_cache=True, dataset_cache_file=folder/'dataset_cache.pkl')
-    def first(): shutil.rmtree(cache, ignore_errors=True); assert len(index_volumes(root)) == a.many
-    def second(): assert len(index_volumes(root)) == a.many
-    theirs(); kept()
+    time.sleep(3)  # files that have just changed are not kept in the cache
+
+    def theirs():
+        assert len(FastMRISlices(root, 'multicoil')) == 2 * a.many
+
+    def kept():
+        FastMRISlices(root, 'multicoil', use_dataset_cache=True, dataset_cache_file=folder / 'dataset_cache.pkl')
+
+    def first():
+        shutil.rmtree(cache, ignore_errors=True)
+        assert len(index_volumes(root)) == a.many
+
+    def second():
+        assert len(index_volumes(root)) == a.many
+
+    theirs()
+    kept()
     b, o, s, p = seconds(a.repeats, theirs, first, second, kept)
-    row(f'index of {a.many} files, first start', b*1e3, o*1e3, b/o, 2, 'ms')
-    row(f'index of {a.many} files, second start, files checked', b*1e3, s*1e3, b/s, 20, 'ms')
-    row('   fastMRI with its cache file, nothing checked', p*1e3, s*1e3, p/s, None, 'ms')
+    row(f'index of {a.many} files, first start', b * 1e3, o * 1e3, b / o, 2, 'ms')
+    row(f'index of {a.many} files, second start, files checked', b * 1e3, s * 1e3, b / s, 20, 'ms')
+    row('   fastMRI with its cache file, nothing checked', p * 1e3, s * 1e3, p / s, None, 'ms')
     shutil.rmtree(root)
 
 
 def scoring(folder, a):
     "NMSE, PSNR and SSIM of a volume"
     rng = np.random.default_rng(0)
-    smooth = np.fft.ifft2(rng.normal(size=(16, 320, 320))/(1 + np.add.outer(np.fft.fftfreq(320, 1/320)**2, np.fft.fftfreq(320, 1/320)**2)))
-    gt = (np.abs(smooth)/np.abs(smooth).max()*1e-4).astype(np.float32)
-    pred = (gt + 3e-6*rng.normal(size=gt.shape)).astype(np.float32)
-    def theirs(gt=gt, pred=pred): return [float(np.squeeze(getattr(fastmri_evaluate, k)(gt, pred))) for k in ('nmse', 'psnr', 'ssim')]
-    def ours(): return list(volume_scores(gt, pred).values())
+    smooth = np.fft.ifft2(
+        rng.normal(size=(16, 320, 320))
+        / (1 + np.add.outer(np.fft.fftfreq(320, 1 / 320) ** 2, np.fft.fftfreq(320, 1 / 320) ** 2))
+    )
+    gt = (np.abs(smooth) / np.abs(smooth).max() * 1e-4).astype(np.float32)
+    pred = (gt + 3e-6 * rng.normal(size=gt.shape)).astype(np.float32)
+
+    def theirs(gt=gt, pred=pred):
+        return [float(np.squeeze(getattr(fastmri_evaluate, k)(gt, pred))) for k in ('nmse', 'psnr', 'ssim')]
+
+    def ours():
+        return list(volume_scores(gt, pred).values())
+
     exact = theirs(gt.astype(float), pred.astype(float))
-    b, o = seconds(3*a.repeats, theirs, ours)
-    row('scores of a volume 16×320×320, single precision', b*1e3, o*1e3, b/o, 5, 'ms')
-    off = [max(abs(s/e - 1) for s, e in zip(f(), exact)) for f in (theirs, ours)]
+    b, o = seconds(3 * a.repeats, theirs, ours)
+    row('scores of a volume 16×320×320, single precision', b * 1e3, o * 1e3, b / o, 5, 'ms')
+    off = [max(abs(s / e - 1) for s, e in zip(f(), exact)) for f in (theirs, ours)]
     row('   furthest from the value in double precision', *(f'{v:.0e}' for v in off))
 
 
@@ -136,22 +185,31 @@ print('peak', (int(own[0].split()[1]) if own else resource.getrusage(resource.RU
 
 def memory(folder, a):
     "Largest memory of the commands, over few files and many"
-    root = folder/'volumes'
-    write(root/'few'/'file1000000.h5', (6, 2, 256, 192), (192, 192))
+    root = folder / 'volumes'
+    write(root / 'few' / 'file1000000.h5', (6, 2, 256, 192), (192, 192))
     for n, name in ((20, 'few'), (200, 'many')):
         for i in range(n):
-            to = root/name/f'file1{i:06d}.h5'
+            to = root / name / f'file1{i:06d}.h5'
             to.parent.mkdir(exist_ok=True)
-            if not to.exists(): os.link(root/'few'/'file1000000.h5', to)
+            if not to.exists():
+                os.link(root / 'few' / 'file1000000.h5', to)
     for command in ('evaluate', 'reconstruct'):
         peak = {}
         for name in ('few', 'many'):
-            out = {'evaluate': folder/f'{name}.csv', 'reconstruct': folder/f'{name}_images'}[command]
-            done = subprocess.run([sys.executable, '-c', PEAK, command, '--zero-filled', '--data', str(root/name), '--out', str(out)], capture_output=True, text=True)
-            if done.returncode: sys.exit(f'mri_unlearn {command}: {done.stderr.strip()[-500:]}')
+            out = {'evaluate': folder / f'{name}.csv', 'reconstruct': folder / f'{name}_images'}[command]
+            done = subprocess.run(
+                [sys.executable, '-c', PEAK, command, '--zero-filled', '--data', str(root / name), '--out', str(out)],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                sys.exit(f'mri_unlearn {command}: {done.stderr.strip()[-500:]}')
             peak[name] = float(done.stdout.rsplit('peak', 1)[1])
-        more = peak['many']/peak['few'] - 1
-        print(f'{f"mri_unlearn {command}, peak memory":52}{peak["few"]:8.0f} MB for 20 files, {peak["many"]:.0f} MB for 200 ({more:+.1%}); goal 10 %: {"met" if more < .1 else "MISSED"}', flush=True)
+        more = peak['many'] / peak['few'] - 1
+        print(
+            f'{f"mri_unlearn {command}, peak memory":52}{peak["few"]:8.0f} MB for 20 files, {peak["many"]:.0f} MB for 200 ({more:+.1%}); goal 10 %: {"met" if more < 0.1 else "MISSED"}',
+            flush=True,
+        )
 
 
 PARTS = dict(loading=loading, indexing=indexing, scoring=scoring, memory=memory)
@@ -169,12 +227,15 @@ def main():
     p.add_argument('--threads', type=int, default=1, help='of torch in the main process')
     p.add_argument('--folder', help='where the temporary files go (about 1.4 GB)')
     a = p.parse_args()
-    if set(a.parts) - set(PARTS): p.error(f'unknown part {sorted(set(a.parts) - set(PARTS))[0]}: expected some of {", ".join(PARTS)}')
+    if set(a.parts) - set(PARTS):
+        p.error(f'unknown part {sorted(set(a.parts) - set(PARTS))[0]}: expected some of {", ".join(PARTS)}')
     torch.set_num_threads(a.threads)
     print(f'torch {torch.__version__}, {os.cpu_count()} cores, {a.threads} threads, medians of {a.repeats}\n')
     print(ROW.format('', 'fastMRI', 'mri_unlearn', 'ratio', ''))
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
-        for name in a.parts: PARTS[name](Path(folder), a)
+        for name in a.parts:
+            PARTS[name](Path(folder), a)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

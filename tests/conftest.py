@@ -1,4 +1,5 @@
 """What the tests share: where the project is, how to get a copy of it that a test may change, and fastMRI to compare with."""
+
 import importlib
 import os
 import shutil
@@ -13,14 +14,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', "wheel: builds the wheel and installs it into a second environment (minutes); leave out with -m 'not wheel'")
-    config.addinivalue_line('markers', "parity: compares with fastMRI 0.3, which pip fetches where it is not installed; leave out with -m 'not parity'")
+    config.addinivalue_line(
+        'markers',
+        "wheel: builds the wheel and installs it into a second environment (minutes); leave out with -m 'not wheel'",
+    )
+    config.addinivalue_line(
+        'markers',
+        "parity: compares with fastMRI 0.3, which pip fetches where it is not installed; leave out with -m 'not parity'",
+    )
 
 
 def project_files():
     "Files of the project, relative to its root: what git tracks or would track; without git, all but what builds leave"
-    git = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True)
-    if git.returncode == 0: return [Path(f) for f in git.stdout.split('\0') if f and (ROOT/f).is_file()]
+    git = subprocess.run(
+        ['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True
+    )
+    if git.returncode == 0:
+        return [Path(f) for f in git.stdout.split('\0') if f and (ROOT / f).is_file()]
     skip = {'__pycache__', '.venv', 'build', 'dist', 'runs', 'data', '.ipynb_checkpoints'}
     files = (p.relative_to(ROOT) for p in ROOT.rglob('*') if p.is_file())
     return [f for f in files if not skip & set(f.parts) and not any(part.endswith('.egg-info') for part in f.parts)]
@@ -35,10 +45,10 @@ def cache_of_the_index(tmp_path_factory):
 @pytest.fixture
 def project(tmp_path):
     "A copy of the project in a temporary folder"
-    copy = tmp_path/'project'
+    copy = tmp_path / 'project'
     for f in project_files():
-        (copy/f).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT/f, copy/f)
+        (copy / f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / f, copy / f)
     return copy
 
 
@@ -47,33 +57,68 @@ FASTMRI = 'fastmri==0.3.0'
 
 def fetch(folder):
     "Put fastMRI into `folder`, without Lightning, torchvision and torchmetrics, which what is compared here does not need"
-    command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--only-binary', ':all:', '--target', str(folder), FASTMRI]
-    try: done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    except subprocess.TimeoutExpired: pytest.fail(f'pip did not get {FASTMRI} within 3 minutes; leave these tests out with -m "not parity"', pytrace=False)
-    if done.returncode: pytest.fail(f'pip could not get {FASTMRI}, with which these tests compare; leave them out with -m "not parity". '
-                                    f'pip said: {done.stderr.strip()[-300:]}', pytrace=False)
+    command = [
+        sys.executable,
+        '-m',
+        'pip',
+        'install',
+        '--quiet',
+        '--no-deps',
+        '--only-binary',
+        ':all:',
+        '--target',
+        str(folder),
+        FASTMRI,
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        pytest.fail(
+            f'pip did not get {FASTMRI} within 3 minutes; leave these tests out with -m "not parity"', pytrace=False
+        )
+    if done.returncode:
+        pytest.fail(
+            f'pip could not get {FASTMRI}, with which these tests compare; leave them out with -m "not parity". '
+            f'pip said: {done.stderr.strip()[-300:]}',
+            pytrace=False,
+        )
 
 
 class Statistics:
     "The two numbers that fastMRI's evaluate.py takes from the package runstats"
-    def __init__(self): self.values = []
-    def push(self, value): self.values.append(value)
-    def mean(self): return sum(self.values)/len(self.values)
-    def stddev(self): return (sum((v - self.mean())**2 for v in self.values)/(len(self.values) - 1))**.5
+
+    def __init__(self):
+        self.values = []
+
+    def push(self, value):
+        self.values.append(value)
+
+    def mean(self):
+        return sum(self.values) / len(self.values)
+
+    def stddev(self):
+        return (sum((v - self.mean()) ** 2 for v in self.values) / (len(self.values) - 1)) ** 0.5
 
 
 @pytest.fixture(scope='session')
 def fastmri(tmp_path_factory):
     "fastMRI's own functions and classes, version 0.3.0: the installed ones, or those of a copy for this test run"
-    try: importlib.import_module('fastmri')
+    try:
+        importlib.import_module('fastmri')
     except ImportError:
         folder = tmp_path_factory.mktemp('fastmri')
         fetch(folder)
         sys.path.append(str(folder))
-    try: importlib.import_module('runstats')
+    try:
+        importlib.import_module('runstats')
     except ImportError:
         sys.modules['runstats'] = ModuleType('runstats')
         sys.modules['runstats'].Statistics = Statistics
-    top, *modules = (importlib.import_module(f'fastmri{m}') for m in ('', '.data.subsample', '.data.transforms', '.data.mri_data', '.evaluate', '.models'))
-    assert top.__version__ == '0.3.0', f'these tests compare with fastMRI 0.3.0, installed is {top.__version__}: uninstall it, and the right one is fetched'
+    top, *modules = (
+        importlib.import_module(f'fastmri{m}')
+        for m in ('', '.data.subsample', '.data.transforms', '.data.mri_data', '.evaluate', '.models')
+    )
+    assert top.__version__ == '0.3.0', (
+        f'these tests compare with fastMRI 0.3.0, installed is {top.__version__}: uninstall it, and the right one is fetched'
+    )
     return SimpleNamespace(**{k: v for m in (top, *modules) for k, v in vars(m).items() if not k.startswith('_')})

@@ -1,4 +1,5 @@
 """The command in a process of its own: bad input gives one clear line, a status other than 0, and harms nothing."""
+
 import re
 import resource
 import shutil
@@ -17,21 +18,29 @@ KNEE = "organ == 'knee'"
 
 @pytest.fixture(scope='module')
 def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('scans')/'data'
+    folder = tmp_path_factory.mktemp('scans') / 'data'
     simulate_dataset(folder, 'tiny', progress=False)
-    save_weights(new_unet(0, chans=4, num_pool_layers=2), folder.parent/'net.pt')
+    save_weights(new_unet(0, chans=4, num_pool_layers=2), folder.parent / 'net.pt')
     return folder
 
 
 def command(*argv, **kwargs):
-    return subprocess.run([sys.executable, '-m', 'mri_unlearn.cli', *map(str, argv)], capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(
+        [sys.executable, '-m', 'mri_unlearn.cli', *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
 
 
 def fails(contains, *argv, **kwargs):
     p = command(*argv, **kwargs)
     assert p.returncode == 1, (p.returncode, p.stderr)
     assert 'Traceback' not in p.stderr
-    said = [l for l in p.stderr.strip().splitlines() if not re.search(r'\d+%', l) and l.strip()]      # but for progress bars
+    said = [
+        l for l in p.stderr.strip().splitlines() if not re.search(r'\d+%', l) and l.strip()
+    ]  # but for progress bars
     assert len(said) == 1 and said[0].startswith('error: ') and contains in said[0], p.stderr
     assert 'fault of the program' not in said[0]
     return p
@@ -39,7 +48,7 @@ def fails(contains, *argv, **kwargs):
 
 def damage(scans, tmp_path, how):
     "A copy of the folder in which the first file was handed to `how`"
-    copy = tmp_path/'data'
+    copy = tmp_path / 'data'
     shutil.copytree(scans, copy)
     path = sorted(copy.rglob('*.h5'))[0]
     how(path)
@@ -47,10 +56,12 @@ def damage(scans, tmp_path, how):
 
 
 def drop_kspace(path):
-    with h5py.File(path, 'r+') as f: del f['kspace']
+    with h5py.File(path, 'r+') as f:
+        del f['kspace']
 
 
-def cut(path): path.write_bytes(path.read_bytes()[:5000])
+def cut(path):
+    path.write_bytes(path.read_bytes()[:5000])
 
 
 def flip_shape(path):
@@ -60,84 +71,145 @@ def flip_shape(path):
 
 
 def no_header(path):
-    with h5py.File(path, 'r+') as f: del f['ismrmrd_header']
+    with h5py.File(path, 'r+') as f:
+        del f['ismrmrd_header']
 
 
-@pytest.mark.parametrize('how, says', [(drop_kspace, 'kspace'), (cut, ''), (flip_shape, 'kspace'), (no_header, 'ismrmrd_header')])
+@pytest.mark.parametrize(
+    'how, says', [(drop_kspace, 'kspace'), (cut, ''), (flip_shape, 'kspace'), (no_header, 'ismrmrd_header')]
+)
 @pytest.mark.parametrize('argv', [['index'], ['evaluate'], ['protocol', '--preset', 'tiny']])
 def test_damaged_file(scans, tmp_path, how, says, argv):
     copy, path = damage(scans, tmp_path, how)
-    out = ['--out', tmp_path/'run'] if argv[0] == 'protocol' else []
+    out = ['--out', tmp_path / 'run'] if argv[0] == 'protocol' else []
     p = fails(path.name, *argv, '--strict', '--data', copy, *out)
     assert says in p.stderr
-    assert not (tmp_path/'run').exists()
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_damaged_file_is_left_out_and_named(scans, tmp_path):
     copy, path = damage(scans, tmp_path, cut)
     n = len(list(copy.rglob('*.h5')))
-    for argv, rows in ((['index'], n - 1), (['evaluate', '--zero-filled', '--out', tmp_path/'scores.csv'], n - 1)):
+    for argv, rows in ((['index'], n - 1), (['evaluate', '--zero-filled', '--out', tmp_path / 'scores.csv'], n - 1)):
         p = command(*argv, '--data', copy)
         assert p.returncode == 0, p.stderr
         assert p.stderr.startswith('warning: ') and path.name in p.stderr and f'of {n} files' in p.stderr
         assert path.name not in p.stdout
-    assert len(p.stdout) and (tmp_path/'scores.csv').read_text().count('\n') == rows + 1
-    for f in copy.rglob('*.h5'): cut(f)                         # nothing is left: an error
+    assert len(p.stdout) and (tmp_path / 'scores.csv').read_text().count('\n') == rows + 1
+    for f in copy.rglob('*.h5'):
+        cut(f)  # nothing is left: an error
     fails(str(n), 'index', '--data', copy)
 
 
 def test_missing_and_empty_folder(tmp_path):
-    fails('nowhere', 'index', '--data', tmp_path/'nowhere')
+    fails('nowhere', 'index', '--data', tmp_path / 'nowhere')
     fails(tmp_path.name, 'index', '--data', tmp_path)
 
 
-@pytest.mark.parametrize('query, says', [("organ == 'liver'", 'none'), ('slices > 0', 'all'), ('colour == 1', 'colour'), ('organ ==', 'organ ==')])
+@pytest.mark.parametrize(
+    'query, says',
+    [("organ == 'liver'", 'none'), ('slices > 0', 'all'), ('colour == 1', 'colour'), ('organ ==', 'organ ==')],
+)
 def test_requests_that_cannot_be_meant(scans, tmp_path, query, says):
-    fails(says, 'unlearn', '--data', scans, '--model', scans.parent/'net.pt', '--out', tmp_path/'x.pt', '--forget', query)
-    assert not (tmp_path/'x.pt').exists()
+    fails(
+        says,
+        'unlearn',
+        '--data',
+        scans,
+        '--model',
+        scans.parent / 'net.pt',
+        '--out',
+        tmp_path / 'x.pt',
+        '--forget',
+        query,
+    )
+    assert not (tmp_path / 'x.pt').exists()
 
 
-@pytest.mark.parametrize('extra, says', [(['--retain-fraction', '0'], 'fraction'), (['--retain-fraction', '1.5'], 'fraction'), (['--method', 'hope'], "'hope'")])
+@pytest.mark.parametrize(
+    'extra, says',
+    [
+        (['--retain-fraction', '0'], 'fraction'),
+        (['--retain-fraction', '1.5'], 'fraction'),
+        (['--method', 'hope'], "'hope'"),
+    ],
+)
 def test_bad_settings(scans, tmp_path, extra, says):
-    fails(says, 'unlearn', '--data', scans, '--model', scans.parent/'net.pt', '--out', tmp_path/'x.pt', '--forget', KNEE, *extra)
+    fails(
+        says,
+        'unlearn',
+        '--data',
+        scans,
+        '--model',
+        scans.parent / 'net.pt',
+        '--out',
+        tmp_path / 'x.pt',
+        '--forget',
+        KNEE,
+        *extra,
+    )
 
 
 def test_results_survive_a_failure(scans, tmp_path):
     "A command that fails leaves the result of an earlier one as it was"
-    out = tmp_path/'x.pt'
+    out = tmp_path / 'x.pt'
     out.write_bytes(b'earlier')
-    fails("'hope'", 'unlearn', '--data', scans, '--model', scans.parent/'net.pt', '--out', out, '--forget', KNEE, '--method', 'hope')
+    fails(
+        "'hope'",
+        'unlearn',
+        '--data',
+        scans,
+        '--model',
+        scans.parent / 'net.pt',
+        '--out',
+        out,
+        '--forget',
+        KNEE,
+        '--method',
+        'hope',
+    )
     assert out.read_bytes() == b'earlier'
 
 
 def full_disk():
     "In the child: no file may grow beyond 40 kB, which is what a full disk looks like from inside"
     import signal
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
 
-@pytest.mark.parametrize('argv, result', [
-    (['simulate', '--preset', 'tiny'], 'scans'),
-    (['train', '--epochs', '1', '--chans', '8', '--pools', '2'], 'net.pt'),
-    (['unlearn', '--forget', KNEE, '--rounds', '1', '--steps', '1', '--method', 'sub_ft'], 'net.pt'),
-    (['reconstruct', '--batch-size', '2'], 'predictions'),
-    (['protocol', '--preset', 'tiny', '--epochs', '1'], 'run')])
+@pytest.mark.parametrize(
+    'argv, result',
+    [
+        (['simulate', '--preset', 'tiny'], 'scans'),
+        (['train', '--epochs', '1', '--chans', '8', '--pools', '2'], 'net.pt'),
+        (['unlearn', '--forget', KNEE, '--rounds', '1', '--steps', '1', '--method', 'sub_ft'], 'net.pt'),
+        (['reconstruct', '--batch-size', '2'], 'predictions'),
+        (['protocol', '--preset', 'tiny', '--epochs', '1'], 'run'),
+    ],
+)
 def test_full_disk(scans, tmp_path, argv, result):
     data = [] if argv[0] == 'simulate' else ['--data', scans]
     model = []
     if argv[0] in ('unlearn', 'reconstruct'):
-        save_weights(new_unet(0, chans=8, num_pool_layers=2), tmp_path/'in.pt')
-        model = ['--model', tmp_path/'in.pt']
-    fails('could not write', *argv, *data, *model, '--out', tmp_path/result, preexec_fn=full_disk)
-    whole = ('in.pt', 'simulation.json', 'config.json', 'volumes.csv', 'reconstruction.json')      # written before the disk was full
+        save_weights(new_unet(0, chans=8, num_pool_layers=2), tmp_path / 'in.pt')
+        model = ['--model', tmp_path / 'in.pt']
+    fails('could not write', *argv, *data, *model, '--out', tmp_path / result, preexec_fn=full_disk)
+    whole = (
+        'in.pt',
+        'simulation.json',
+        'config.json',
+        'volumes.csv',
+        'reconstruction.json',
+    )  # written before the disk was full
     left = [p for p in tmp_path.rglob('*') if p.is_file() and p.name not in whole]
     assert not left, 'a partial file stayed'
 
 
 def test_traceback_only_when_asked_for(tmp_path):
-    assert 'Traceback' in command('index', '--data', tmp_path/'nowhere', '--debug').stderr
-    assert 'Traceback' in command('--debug', 'index', '--data', tmp_path/'nowhere').stderr
+    assert 'Traceback' in command('index', '--data', tmp_path / 'nowhere', '--debug').stderr
+    assert 'Traceback' in command('--debug', 'index', '--data', tmp_path / 'nowhere').stderr
 
 
 def test_help_and_version():

@@ -1,45 +1,79 @@
 """A run in two processes is a run in one, to the last bit; with the planted arm, the third organ and several seeds, which `tiny` leaves out."""
+
 import pandas as pd
 import pytest
 import torch
 
 from mri_unlearn.experiment.protocol import run_protocol
 
-FEW = dict(epochs=1, rounds=1, steps=2, oracle_seeds=2, methods=('sub_ft', 'nl_ft', 'proxy'), study=('proxy',), study_fractions=(1.,), unlearn_seeds=2,
-           hallucination=('nl_ft', 'proxy'), third=3, method_settings={'nl_ft': {'lr': 5e-4, 'lam': .1}})
+FEW = dict(
+    epochs=1,
+    rounds=1,
+    steps=2,
+    oracle_seeds=2,
+    methods=('sub_ft', 'nl_ft', 'proxy'),
+    study=('proxy',),
+    study_fractions=(1.0,),
+    unlearn_seeds=2,
+    hallucination=('nl_ft', 'proxy'),
+    third=3,
+    method_settings={'nl_ft': {'lr': 5e-4, 'lam': 0.1}},
+)
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Folder of a run by number of processes"
     folder, threads = tmp_path_factory.mktemp('jobs'), torch.get_num_threads()
-    torch.set_num_threads(1)                 # sums depend on the number of threads in their last bits
+    torch.set_num_threads(1)  # sums depend on the number of threads in their last bits
     try:
-        for n in (1, 2): run_protocol('tiny', folder/str(n), show=False, jobs=n, **FEW)
-    finally: torch.set_num_threads(threads)
-    return {n: folder/str(n) for n in (1, 2)}
+        for n in (1, 2):
+            run_protocol('tiny', folder / str(n), show=False, jobs=n, **FEW)
+    finally:
+        torch.set_num_threads(threads)
+    return {n: folder / str(n) for n in (1, 2)}
 
 
-@pytest.mark.parametrize('name', ['results', 'agreement', 'verdicts', 'hallucination', 'planted', 'null_energy', 'third', 'over_seeds', 'trace', 'collateral'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'results',
+        'agreement',
+        'verdicts',
+        'hallucination',
+        'planted',
+        'null_energy',
+        'third',
+        'over_seeds',
+        'trace',
+        'collateral',
+    ],
+)
 def test_same_tables(runs, name):
-    one, two = (pd.read_csv(r/f'{name}.csv') for r in runs.values())
+    one, two = (pd.read_csv(r / f'{name}.csv') for r in runs.values())
     assert len(one)
     pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
 def test_what_the_planted_arm_found_is_in_the_tables(runs):
-    h = pd.read_csv(runs[2]/'hallucination.csv').fillna({'method': ''}).set_index(['model', 'method', 'seed'])
-    judged = {('original', '', 0), ('oracle', '', 0), ('oracle', '', 1), ('unlearned', 'nl_ft', 0), ('unlearned', 'proxy', 0)}
+    h = pd.read_csv(runs[2] / 'hallucination.csv').fillna({'method': ''}).set_index(['model', 'method', 'seed'])
+    judged = {
+        ('original', '', 0),
+        ('oracle', '', 0),
+        ('oracle', '', 1),
+        ('unlearned', 'nl_ft', 0),
+        ('unlearned', 'proxy', 0),
+    }
     assert set(h[h.planted_rate.notna()].index) == judged
     assert set(h[h.null_forget.notna()].index) == judged | {('zero_filled', '', 0), ('target', '', 0)}
-    s = pd.read_csv(runs[2]/'summary.csv')
+    s = pd.read_csv(runs[2] / 'summary.csv')
     assert s[s.model == 'original'].planted_rate.notna().all() and s[s.model == 'unlearned'].gap_third_db.notna().all()
-    text = (runs[2]/'report.html').read_text()
+    text = (runs[2] / 'report.html').read_text()
     assert 'Planted' in text and 'Over seeds' in text
 
 
 def test_seeds_draw_other_retain_volumes(runs):
-    w = pd.read_csv(runs[2]/'results.csv')
+    w = pd.read_csv(runs[2] / 'results.csv')
     u = w[(w.method == 'sub_ft')].pivot_table(index='volume', columns='seed', values='psnr')
     assert list(u.columns) == [0, 1] and (u[0] != u[1]).all()
 

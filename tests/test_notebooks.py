@@ -1,4 +1,5 @@
 """Notebooks and modules say the same, and every notebook keeps the rules that make it readable."""
+
 import ast
 import filecmp
 import re
@@ -11,17 +12,28 @@ import pytest
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-NBS = sorted(p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+NBS = sorted(p.relative_to(ROOT) for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 CHAPTERS = [p for p in NBS if re.match(r'\d\d_', p.name)]
 MODULES = {p.stem[3:]: int(p.name[:2]) for p in CHAPTERS}
 # the floors of the house, from the ground up; the parts on one floor do not know each other
-FLOORS = [{'signal', 'machinery'}, {'data'}, {'network', 'phantom'}, {'unlearn', 'verdict'}, {'show'}, {'experiment'}, {'audit'}, {'cli'}, {'all'}]
+FLOORS = [
+    {'signal', 'machinery'},
+    {'data'},
+    {'network', 'phantom'},
+    {'unlearn', 'verdict'},
+    {'show'},
+    {'experiment'},
+    {'audit'},
+    {'cli'},
+    {'all'},
+]
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
-LARGEST = 300*1024  # bytes of a notebook with its figures
-LONGEST = 50  # lines of an exported cell
+LARGEST = 300 * 1024  # bytes of a notebook with its figures
+LONGEST = 40  # lines of an exported cell, blank ones not counted
 
 
-def read(path): return nbformat.read(ROOT/path, as_version=4)
+def read(path):
+    return nbformat.read(ROOT / path, as_version=4)
 
 
 def nbdev(command, cwd):
@@ -34,15 +46,28 @@ def nbdev(command, cwd):
 
 def differences(folder, copy):
     "Names of the files that differ between the project's `folder` and that of the copy"
-    def names(root): return {p.relative_to(root) for p in root.rglob('*') if p.is_file() and p.suffix in ('.py', '.ipynb') and '__pycache__' not in p.parts}
-    both = sorted(names(ROOT/folder) | names(copy/folder))
-    return [str(n) for n in both if not (ROOT/folder/n).exists() or not (copy/folder/n).exists()
-            or not filecmp.cmp(ROOT/folder/n, copy/folder/n, shallow=False)]
+
+    def names(root):
+        return {
+            p.relative_to(root)
+            for p in root.rglob('*')
+            if p.is_file() and p.suffix in ('.py', '.ipynb') and '__pycache__' not in p.parts
+        }
+
+    both = sorted(names(ROOT / folder) | names(copy / folder))
+    return [
+        str(n)
+        for n in both
+        if not (ROOT / folder / n).exists()
+        or not (copy / folder / n).exists()
+        or not filecmp.cmp(ROOT / folder / n, copy / folder / n, shallow=False)
+    ]
 
 
 def test_modules_are_exported_from_the_notebooks(project):
-    for module in (project/'mri_unlearn').rglob('*.py'):
-        if module.name != '__init__.py': module.unlink()  # a module without a notebook does not come back
+    for module in (project / 'mri_unlearn').rglob('*.py'):
+        if module.name != '__init__.py':
+            module.unlink()  # a module without a notebook does not come back
     nbdev('nbdev_export', project)
     assert differences('mri_unlearn', project) == []
 
@@ -53,7 +78,7 @@ def test_notebooks_are_clean(project):
 
 
 def test_these_two_notice_a_change(project):
-    path = project/CHAPTERS[0]
+    path = project / CHAPTERS[0]
     nb = nbformat.read(path, as_version=4)
     nb.metadata['widgets'] = {}
     nb.cells[-1].metadata['scrolled'] = True
@@ -68,19 +93,26 @@ def test_these_two_notice_a_change(project):
 
 # Each check takes a notebook and returns what is wrong with it, so that it can be tried on notebooks that are wrong.
 
+
 def imported(source):
     "Modules of this package that a cell imports, as 'part.module'"
     source = re.sub(r'^[ \t]*[%!].*$', '', source, flags=re.M)
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level: names = [f'mri_unlearn.{node.module or a.name}' for a in node.names]
-        elif isinstance(node, ast.ImportFrom): names = [node.module] + [f'{node.module}.{a.name}' for a in node.names]
-        else: continue
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = [f'mri_unlearn.{node.module or a.name}' for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] + [f'{node.module}.{a.name}' for a in node.names]
+        else:
+            continue
         yield from {n.partition('.')[2] for n in names if n.startswith('mri_unlearn.')} & set(MODULES)
 
 
 def code_cells(nb, exported=False):
-    return [c.source for c in nb.cells if c.cell_type == 'code' and (not exported or re.match(r'#\|\s*export', c.source))]
+    return [
+        c.source for c in nb.cells if c.cell_type == 'code' and (not exported or re.match(r'#\|\s*export', c.source))
+    ]
 
 
 def wrong_order(nb, number):
@@ -98,25 +130,36 @@ def wrong_opening(nb):
     "The first cell is a title and a one-sentence summary, the next one names the module"
     first, second = (c.source.strip() for c in nb.cells[:2])
     found = []
-    if nb.cells[0].cell_type != 'markdown' or not re.match(r'# \S.*\n+> \S[^\n]+$', first): found.append('no `# Title` and `> summary` alone in the first cell')
-    if not re.match(r'#\|\s*default_exp [\w.]+$', second): found.append('no `#| default_exp` in the second cell')
+    if nb.cells[0].cell_type != 'markdown' or not re.match(r'# \S.*\n+> \S[^\n]+$', first):
+        found.append('no `# Title` and `> summary` alone in the first cell')
+    if not re.match(r'#\|\s*default_exp [\w.]+$', second):
+        found.append('no `#| default_exp` in the second cell')
     return found
 
 
 def wrong_end(nb):
     "The last cell exports, out of sight"
     last = nb.cells[-1].source
-    return [] if re.match(r'#\|\s*hide', last) and 'nbdev_export()' in last else ['the last cell is not a hidden nbdev_export()']
+    return (
+        []
+        if re.match(r'#\|\s*hide', last) and 'nbdev_export()' in last
+        else ['the last cell is not a hidden nbdev_export()']
+    )
 
 
 def wrong_cells(nb):
     "Exported cells that no reader takes in at one look"
-    return [f'{n} lines: {c.source.splitlines()[1]}' for c in nb.cells if c.cell_type == 'code' and re.match(r'#\|\s*export', c.source)
-            for n in [len(c.source.splitlines())] if n > LONGEST]
+    cells = [[line for line in source.split('\n') if line.strip()] for source in code_cells(nb, exported=True)]
+    return [f'{len(lines)} lines: {lines[1]}' for lines in cells if len(lines) > LONGEST]
 
 
-FORBIDDEN = {'a path of some machine': r'(?<![\w.<:/])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+\w', 'the address of an object': r'\b0x[0-9a-f]{6,}',
-             'a warning': r'\b\w*Warning:', 'a progress bar': r'\d(?:it/s|s/it)\b|█', 'a traceback': r'Traceback \(most recent call last\)'}
+FORBIDDEN = {
+    'a path of some machine': r'(?<![\w.<:/])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+\w',
+    'the address of an object': r'\b0x[0-9a-f]{6,}',
+    'a warning': r'\b\w*Warning:',
+    'a progress bar': r'\d(?:it/s|s/it)\b|█',
+    'a traceback': r'Traceback \(most recent call last\)',
+}
 
 
 def wrong_outputs(nb):
@@ -124,9 +167,16 @@ def wrong_outputs(nb):
     found = []
     for i, cell in enumerate(nb.cells):
         for out in cell.get('outputs', []):
-            if out.get('name') == 'stderr' or out.output_type == 'error': found.append(f'cell {i}: {out.get("name", "an error")}')
-            text = ''.join(str(v) for k, v in {**out.get('data', {}), 'text': out.get('text', '')}.items() if not k.startswith('image/'))
-            found += [f'cell {i}: {what}: {m[0]}' for what, pattern in FORBIDDEN.items() for m in re.finditer(pattern, text)][:1]
+            if out.get('name') == 'stderr' or out.output_type == 'error':
+                found.append(f'cell {i}: {out.get("name", "an error")}')
+            text = ''.join(
+                str(v)
+                for k, v in {**out.get('data', {}), 'text': out.get('text', '')}.items()
+                if not k.startswith('image/')
+            )
+            found += [
+                f'cell {i}: {what}: {m[0]}' for what, pattern in FORBIDDEN.items() for m in re.finditer(pattern, text)
+            ][:1]
     return found
 
 
@@ -134,31 +184,68 @@ def wrong_outputs(nb):
 def test_chapter(path):
     nb = read(path)
     part = path.stem[3:].split('.')[0]
-    assert [*wrong_opening(nb), *wrong_order(nb, int(path.name[:2])), *wrong_floor(nb, part), *wrong_end(nb), *wrong_cells(nb)] == []
+    assert [
+        *wrong_opening(nb),
+        *wrong_order(nb, int(path.name[:2])),
+        *wrong_floor(nb, part),
+        *wrong_end(nb),
+        *wrong_cells(nb),
+    ] == []
 
 
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 def test_summary_is_the_docstring(path):
     summary = re.search(r'^> (.+)$', read(path).cells[0].source, flags=re.M)[1]
-    module = ROOT/'mri_unlearn'/f'{path.stem[3:].replace(".", "/")}.py'
+    module = ROOT / 'mri_unlearn' / f'{path.stem[3:].replace(".", "/")}.py'
     assert ast.get_docstring(ast.parse(module.read_text(encoding='utf-8'))).strip() == summary.strip()
 
 
 @pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
 def test_outputs_and_size(path):
     assert wrong_outputs(read(path)) == []
-    assert (ROOT/path).stat().st_size <= LARGEST
+    assert (ROOT / path).stat().st_size <= LARGEST
 
 
 def test_the_checks_notice_what_is_wrong():
     out = lambda text, name='stdout': new_output('stream', name=name, text=text)
-    bad = new_notebook(cells=[new_markdown_cell('## No title'), new_code_cell('import os'),
-                              new_code_cell('%matplotlib inline\nfrom mri_unlearn.show.plots import plot_trace\nimport mri_unlearn.signal.kspace'),
-                              new_code_cell('#| export\nfrom mri_unlearn.show import plots\n' + 'x = 1\n'*60)])
+    bad = new_notebook(
+        cells=[
+            new_markdown_cell('## No title'),
+            new_code_cell('import os'),
+            new_code_cell(
+                '%matplotlib inline\nfrom mri_unlearn.show.plots import plot_trace\nimport mri_unlearn.signal.kspace'
+            ),
+            new_code_cell('#| export\nfrom mri_unlearn.show import plots\n' + 'x = 1\n' * 60),
+        ]
+    )
     assert len(wrong_opening(bad)) == 2 and wrong_end(bad) and wrong_cells(bad)
-    assert wrong_order(bad, 0) == ['show.plots']*2 and wrong_order(bad, 99) == []
-    assert wrong_floor(bad, 'verdict') == wrong_floor(bad, 'data') == ['show.plots'] and wrong_floor(bad, 'experiment') == wrong_floor(bad, 'show') == []
-    texts = ['wrote /some/where/x.h5', r'wrote C:\\some\\where', '<Thing object at 0x7f12ab34cd>', 'x.py:3: UserWarning: no', '5/10 [00:01, 3.2it/s]']
-    for text in texts: assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out(text)])])), text
+    assert wrong_order(bad, 0) == ['show.plots'] * 2 and wrong_order(bad, 99) == []
+    assert (
+        wrong_floor(bad, 'verdict') == wrong_floor(bad, 'data') == ['show.plots']
+        and wrong_floor(bad, 'experiment') == wrong_floor(bad, 'show') == []
+    )
+    texts = [
+        'wrote /some/where/x.h5',
+        r'wrote C:\\some\\where',
+        '<Thing object at 0x7f12ab34cd>',
+        'x.py:3: UserWarning: no',
+        '5/10 [00:01, 3.2it/s]',
+    ]
+    for text in texts:
+        assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out(text)])])), text
     assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out('fine', 'stderr')])]))
-    assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out('PSNR 31.2 dB, 0x4 grid, runs/a/b/c, see https://example.org/a/b, </td></tr>, 1/f/2')])])) == []
+    assert (
+        wrong_outputs(
+            new_notebook(
+                cells=[
+                    new_code_cell(
+                        'x',
+                        outputs=[
+                            out('PSNR 31.2 dB, 0x4 grid, runs/a/b/c, see https://example.org/a/b, </td></tr>, 1/f/2')
+                        ],
+                    )
+                ]
+            )
+        )
+        == []
+    )

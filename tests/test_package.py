@@ -1,4 +1,5 @@
 """The wheel, in an environment that has nothing of this checkout: every module imports, the command answers."""
+
 import json
 import os
 import subprocess
@@ -23,10 +24,11 @@ def wheel(tmp_path_factory):
     import shutil
 
     from conftest import ROOT, project_files
+
     copy, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
     for f in project_files():
-        (copy/f).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT/f, copy/f)
+        (copy / f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / f, copy / f)
     run(sys.executable, '-m', 'build', '--wheel', '--outdir', out, copy, cwd=out)
     made = list(out.glob('*.whl'))
     assert len(made) == 1
@@ -36,24 +38,25 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope='module')
 def other(wheel, tmp_path_factory):
     "Python of a second environment that holds the wheel and what it asks for"
-    env = tmp_path_factory.mktemp('second')/'venv'
+    env = tmp_path_factory.mktemp('second') / 'venv'
     run(sys.executable, '-m', 'venv', env, cwd=env.parent)
-    bin = env/('Scripts' if os.name == 'nt' else 'bin')
-    run(bin/'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', wheel, cwd=env.parent)
+    bin = env / ('Scripts' if os.name == 'nt' else 'bin')
+    run(bin / 'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', wheel, cwd=env.parent)
     return bin
 
 
 def test_every_module_imports_without_the_developers_tools(other, tmp_path):
-    code = '''
+    code = """
 import importlib, importlib.util, json, pkgutil, mri_unlearn
 names = [m.name for m in pkgutil.walk_packages(mri_unlearn.__path__, 'mri_unlearn.')]
 for name in names: importlib.import_module(name)
-print(json.dumps([mri_unlearn.__file__, names, [t for t in ('nbdev', 'pytest', 'nbconvert') if importlib.util.find_spec(t)]]))'''
-    file, names, tools = json.loads(run(other/'python', '-c', code, cwd=tmp_path).splitlines()[-1])
+print(json.dumps([mri_unlearn.__file__, names, [t for t in ('nbdev', 'pytest', 'nbconvert') if importlib.util.find_spec(t)]]))"""
+    file, names, tools = json.loads(run(other / 'python', '-c', code, cwd=tmp_path).splitlines()[-1])
     assert str(other.parent) in file, f'imported from {file}, not from the second environment'
     assert not tools, f'{tools} are there, so this proves less than it should'
     from conftest import ROOT
-    files = (p.relative_to(ROOT).with_suffix('') for p in (ROOT/'mri_unlearn').rglob('*.py'))
+
+    files = (p.relative_to(ROOT).with_suffix('') for p in (ROOT / 'mri_unlearn').rglob('*.py'))
     expected = {'.'.join(p.parts).removesuffix('.__init__') for p in files} - {'mri_unlearn'}
     assert set(names) == expected
 
@@ -62,15 +65,16 @@ def test_version_is_the_one_in_settings(other, tmp_path):
     from configparser import ConfigParser
 
     from conftest import ROOT
+
     settings = ConfigParser(delimiters=['='])
-    settings.read(ROOT/'settings.ini', encoding='utf-8')
+    settings.read(ROOT / 'settings.ini', encoding='utf-8')
     code = "import importlib.metadata as m, mri_unlearn; print(m.version('mri_unlearn'), mri_unlearn.__version__)"
-    assert run(other/'python', '-c', code, cwd=tmp_path).split() == [settings['DEFAULT']['version']]*2
+    assert run(other / 'python', '-c', code, cwd=tmp_path).split() == [settings['DEFAULT']['version']] * 2
 
 
 @pytest.mark.parametrize('command', [None, *COMMANDS])
 def test_command_has_help(other, tmp_path, command):
-    said = run(other/'mri_unlearn', *([command] if command else []), '--help', cwd=tmp_path)
+    said = run(other / 'mri_unlearn', *([command] if command else []), '--help', cwd=tmp_path)
     assert 'usage' in said.lower()
     assert all(c in said for c in COMMANDS) if command is None else '--' in said
     assert not list(tmp_path.iterdir()), 'asking for help wrote files'

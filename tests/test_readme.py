@@ -1,4 +1,5 @@
 """README.md is nbs/index.ipynb, rendered, and what it promises is there."""
+
 import importlib.util
 import re
 import subprocess
@@ -9,12 +10,13 @@ import pytest
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-spec = importlib.util.spec_from_file_location('render_readme', ROOT/'.ci'/'render_readme.py')
+spec = importlib.util.spec_from_file_location('render_readme', ROOT / '.ci' / 'render_readme.py')
 render_readme = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(render_readme)
 
 
-def readme(): return (ROOT/'README.md').read_text(encoding='utf-8')
+def readme():
+    return (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
 def test_readme_is_index_rendered():
@@ -32,28 +34,38 @@ def test_readme_gives_two_commands():
 
 def test_readme_links_lead_somewhere():
     text = re.sub(r'^```.*?^```', '', readme(), flags=re.S | re.M)
-    targets = re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'''(?:src|href)=["']([^"']+)''', text)
-    missing = [t for t in targets if not render_readme.ELSEWHERE.match(t) and not (ROOT/t.split('#')[0]).exists()]
+    targets = re.findall(r'\]\(([^)\s]+)', text) + re.findall(r"""(?:src|href)=["']([^"']+)""", text)
+    missing = [t for t in targets if not render_readme.ELSEWHERE.match(t) and not (ROOT / t.split('#')[0]).exists()]
     assert not missing
 
 
 def small(tmp_path, *cells):
-    (tmp_path/'nbs').mkdir()
-    nbformat.write(new_notebook(cells=list(cells)), tmp_path/'nbs'/'index.ipynb')
+    (tmp_path / 'nbs').mkdir()
+    nbformat.write(new_notebook(cells=list(cells)), tmp_path / 'nbs' / 'index.ipynb')
     return tmp_path
 
 
 def test_rendering_rules(tmp_path):
     stream = lambda text: [new_output('stream', name='stdout', text=text)]
     table = [new_output('execute_result', data={'text/html': '<style>x</style>', 'text/plain': 'plain text'})]
-    text = render_readme.render(small(
-        tmp_path, new_markdown_cell('# Name\n\n![picture](images/a.png) [chapter](00_signal.kspace.ipynb#part) [`code`](05_signal.masks.ipynb)\n'
-                                    '[up](../LICENSE) [out](https://example.org/x) [here](#name) `](images/no.png)`\n\n'
-                                    '```sh\necho "](images/no.png)"\n```'),
-        new_code_cell('#| hide\nsecret = 1', outputs=stream('secret output')),
-        new_code_cell('#| echo: false\nprint(table)', outputs=stream('only the output')),
-        new_code_cell('#| eval: false\nshown = 2', outputs=table), new_markdown_cell('The end.')))
-    assert '![picture](nbs/images/a.png) [chapter](nbs/00_signal.kspace.ipynb#part) [`code`](nbs/05_signal.masks.ipynb)' in text
+    text = render_readme.render(
+        small(
+            tmp_path,
+            new_markdown_cell(
+                '# Name\n\n![picture](images/a.png) [chapter](00_signal.kspace.ipynb#part) [`code`](05_signal.masks.ipynb)\n'
+                '[up](../LICENSE) [out](https://example.org/x) [here](#name) `](images/no.png)`\n\n'
+                '```sh\necho "](images/no.png)"\n```'
+            ),
+            new_code_cell('#| hide\nsecret = 1', outputs=stream('secret output')),
+            new_code_cell('#| echo: false\nprint(table)', outputs=stream('only the output')),
+            new_code_cell('#| eval: false\nshown = 2', outputs=table),
+            new_markdown_cell('The end.'),
+        )
+    )
+    assert (
+        '![picture](nbs/images/a.png) [chapter](nbs/00_signal.kspace.ipynb#part) [`code`](nbs/05_signal.masks.ipynb)'
+        in text
+    )
     assert '[up](LICENSE) [out](https://example.org/x) [here](#name) `](images/no.png)`' in text
     assert 'echo "](images/no.png)"' in text
     assert 'secret' not in text and '#|' not in text and 'print(table)' not in text and '<style>' not in text
@@ -68,16 +80,21 @@ def test_picture_in_an_output_is_refused(tmp_path):
 
 
 def test_check_notices_a_change(project):
-    def check(): return subprocess.run([sys.executable, '.ci/render_readme.py', '--check'], cwd=project, capture_output=True, text=True)
+    def check():
+        return subprocess.run(
+            [sys.executable, '.ci/render_readme.py', '--check'], cwd=project, capture_output=True, text=True
+        )
+
     assert check().returncode == 0
-    with open(project/'README.md', 'a') as f: f.write('an edit by hand\n')
+    with open(project / 'README.md', 'a') as f:
+        f.write('an edit by hand\n')
     result = check()
     assert result.returncode == 1 and 'render_readme' in result.stderr
 
 
 def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     "The README's Python example, word for word but for the preset and the number of epochs"
-    code, = [b for b in re.findall(r'^```python\n(.*?)^```', readme(), flags=re.S | re.M) if 'unlearn(' in b]
+    (code,) = [b for b in re.findall(r'^```python\n(.*?)^```', readme(), flags=re.S | re.M) if 'unlearn(' in b]
     quick = code.replace("preset='small'", "preset='tiny'").replace('fit_one_cycle(16, 2e-3)', 'fit_one_cycle(1, 2e-3)')
     assert quick.count('fit_one_cycle(1,') == 2 and "'tiny'" in quick
     assert 15 <= len([l for l in code.splitlines() if l.strip()]) <= 25

@@ -1,4 +1,5 @@
 """A protocol run that is killed, again and again, and started again ends with the tables of a run that was left alone."""
+
 import os
 import shutil
 import signal
@@ -11,13 +12,24 @@ import pytest
 
 ARGS = ['--preset', 'tiny', '--epochs', '1', '--methods', 'sub_ft', 'nl_ft']
 # what must exist before the next blow falls: while simulating, training, unlearning, scoring, and drawing
-KILLS = ['data/multicoil_train/*.h5', 'models/oracle_s0.pt', 'stages/unlearned_sub_ft_50pc_s0.json', 'stages/oracle_s0/*.h5', 'stages/original.scores.csv',
-         'summary.csv']
+KILLS = [
+    'data/multicoil_train/*.h5',
+    'models/oracle_s0.pt',
+    'stages/unlearned_sub_ft_50pc_s0.json',
+    'stages/oracle_s0/*.h5',
+    'stages/original.scores.csv',
+    'summary.csv',
+]
 
 
 def start(out):
-    return subprocess.Popen([sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(out), *ARGS],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(out), *ARGS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(out):
@@ -33,9 +45,10 @@ def kill_when(out, pattern):
     while not list(out.glob(pattern)):
         assert process.poll() is None, f'ended before {pattern} appeared: {process.stderr.read()}'
         assert time.time() < give_up, f'{pattern} did not appear'
-        time.sleep(.02)
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
-    try: process.communicate(timeout=60)                # returns when the last worker has let go of the pipe
+    try:
+        process.communicate(timeout=60)  # returns when the last worker has let go of the pipe
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError('workers live on after the main process was killed')
@@ -44,22 +57,23 @@ def kill_when(out, pattern):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    whole, killed = (tmp_path_factory.mktemp(n)/'run' for n in ('whole', 'killed'))
+    whole, killed = (tmp_path_factory.mktemp(n) / 'run' for n in ('whole', 'killed'))
     finish(whole)
-    for pattern in KILLS: kill_when(killed, pattern)
+    for pattern in KILLS:
+        kill_when(killed, pattern)
     finish(killed)
     return whole, killed
 
 
 @pytest.mark.parametrize('name', ['results.csv', 'agreement.csv', 'trace.csv', 'matrix.csv', 'volumes.csv'])
 def test_same_tables(runs, name):
-    whole, killed = (pd.read_csv(r/name).drop(columns='path', errors='ignore') for r in runs)
+    whole, killed = (pd.read_csv(r / name).drop(columns='path', errors='ignore') for r in runs)
     assert len(whole)
     pd.testing.assert_frame_equal(whole, killed, check_exact=True)
 
 
 def test_same_summary_but_for_the_clock(runs):
-    whole, killed = (pd.read_csv(r/'summary.csv').drop(columns=['seconds', 'seconds_ratio']) for r in runs)
+    whole, killed = (pd.read_csv(r / 'summary.csv').drop(columns=['seconds', 'seconds_ratio']) for r in runs)
     pd.testing.assert_frame_equal(whole, killed, check_exact=True)
 
 
@@ -71,15 +85,22 @@ def test_nothing_half_written_is_left(runs):
 def test_other_settings_do_not_touch_a_run(runs):
     whole = runs[0]
     before = {p: p.read_bytes() for p in whole.rglob('*') if p.is_file()}
-    process = subprocess.run([sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(whole), '--preset', 'tiny', '--epochs', '2'],
-                             capture_output=True, text=True)
-    assert process.returncode == 1 and 'other settings' in process.stderr and len(process.stderr.strip().splitlines()) == 1
+    process = subprocess.run(
+        [sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(whole), '--preset', 'tiny', '--epochs', '2'],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        process.returncode == 1 and 'other settings' in process.stderr and len(process.stderr.strip().splitlines()) == 1
+    )
     assert before == {p: p.read_bytes() for p in whole.rglob('*') if p.is_file()}
 
 
 def test_a_damaged_record_is_an_error_and_not_a_traceback(runs, tmp_path):
-    copy = tmp_path/'run'
+    copy = tmp_path / 'run'
     shutil.copytree(runs[0], copy)
-    (copy/'config.json').write_text('{"preset":')
-    process = subprocess.run([sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(copy), *ARGS], capture_output=True, text=True)
+    (copy / 'config.json').write_text('{"preset":')
+    process = subprocess.run(
+        [sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(copy), *ARGS], capture_output=True, text=True
+    )
     assert process.returncode == 1 and 'config.json' in process.stderr and 'Traceback' not in process.stderr

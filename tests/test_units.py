@@ -2,6 +2,7 @@
 
 A factor of 2**-13 (1.2e-4) changes no digit of a floating-point number but its exponent, so there everything must be equal
 to the last bit. With 1e-4 each number is rounded anew, and a training carries rounding on; gradient ascent most of all."""
+
 import shutil
 
 import h5py
@@ -15,34 +16,51 @@ from mri_unlearn.phantom.simulate import simulate_dataset
 
 TRIED = (*PAPER, 'proxy', 'retrain')
 
-FACTORS = {'one': 1., 'binary': 2.**-13, 'decimal': 1e-4}
+FACTORS = {'one': 1.0, 'binary': 2.0**-13, 'decimal': 1e-4}
 FEW = dict(methods=('ga_l1_ft', 'nl_ft', 'proxy'))
-RUNS = {'one': ('one', dict(loss='l1')), 'binary': ('binary', dict(loss='l1')), 'decimal': ('decimal', dict(loss='l1')),
-        'one_ssim': ('one', dict(loss='ssim', **FEW)), 'binary_ssim': ('binary', dict(loss='ssim', **FEW)),
-        'one_varnet': ('one', dict(model='varnet', cascades=1, **FEW)), 'binary_varnet': ('binary', dict(model='varnet', cascades=1, **FEW))}
+RUNS = {
+    'one': ('one', dict(loss='l1')),
+    'binary': ('binary', dict(loss='l1')),
+    'decimal': ('decimal', dict(loss='l1')),
+    'one_ssim': ('one', dict(loss='ssim', **FEW)),
+    'binary_ssim': ('binary', dict(loss='ssim', **FEW)),
+    'one_varnet': ('one', dict(model='varnet', cascades=1, **FEW)),
+    'binary_varnet': ('binary', dict(model='varnet', cascades=1, **FEW)),
+}
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Name of a run -> (summary, table of volumes)"
     folder, out = tmp_path_factory.mktemp('units'), {}
-    simulate_dataset(folder/'one', 'tiny', progress=False)
+    simulate_dataset(folder / 'one', 'tiny', progress=False)
     for name, factor in FACTORS.items():
-        if name != 'one': shutil.copytree(folder/'one', folder/name)
-        for path in (folder/name).rglob('*.h5') if name != 'one' else ():
+        if name != 'one':
+            shutil.copytree(folder / 'one', folder / name)
+        for path in (folder / name).rglob('*.h5') if name != 'one' else ():
             with h5py.File(path, 'r+') as f:
-                for d in ('kspace', 'reconstruction_rss'): f[d][...] = f[d][...]*np.float32(factor)
-                for a in ('max', 'norm'): f.attrs[a] = f.attrs[a]*factor
+                for d in ('kspace', 'reconstruction_rss'):
+                    f[d][...] = f[d][...] * np.float32(factor)
+                for a in ('max', 'norm'):
+                    f.attrs[a] = f.attrs[a] * factor
     for name, (data, settings) in RUNS.items():
-        summary = run_protocol('tiny', folder/f'run_{name}', data=folder/data, show=False, epochs=1, rounds=1,
-                               study_fractions=(), **dict(methods=TRIED) | settings)
-        out[name] = summary, pd.read_csv(folder/f'run_{name}'/'volumes.csv')
+        summary = run_protocol(
+            'tiny',
+            folder / f'run_{name}',
+            data=folder / data,
+            show=False,
+            epochs=1,
+            rounds=1,
+            study_fractions=(),
+            **dict(methods=TRIED) | settings,
+        )
+        out[name] = summary, pd.read_csv(folder / f'run_{name}' / 'volumes.csv')
     return out
 
 
 @pytest.mark.parametrize('name', ['binary', 'decimal'])
 def test_the_data_really_differ(runs, name):
-    np.testing.assert_allclose(runs[name][1]['max']/runs['one'][1]['max'], FACTORS[name], rtol=1e-5)
+    np.testing.assert_allclose(runs[name][1]['max'] / runs['one'][1]['max'], FACTORS[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize('loss', ['', '_ssim', '_varnet'])
@@ -52,16 +70,23 @@ def test_equal_to_the_last_bit(runs, loss):
     pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
-@pytest.mark.parametrize('column', ['retain_psnr', 'forget_psnr', 'gap_retain_db', 'gap_forget_db', 'agree_retain_db', 'agree_forget_db'])
+@pytest.mark.parametrize(
+    'column', ['retain_psnr', 'forget_psnr', 'gap_retain_db', 'gap_forget_db', 'agree_retain_db', 'agree_forget_db']
+)
 def test_same_decibels(runs, column):
     one, other = runs['one'][0], runs['decimal'][0]
     assert list(one.method) == list(other.method)
-    far = np.where(one.method == 'retrain', .5, .1)      # trained from nothing, that is, from nothing but rounding onwards
-    assert (np.abs(other[column] - one[column]) <= far).all(), pd.DataFrame(dict(method=one.method, one=one[column], other=other[column]))
+    far = np.where(
+        one.method == 'retrain', 0.5, 0.1
+    )  # trained from nothing, that is, from nothing but rounding onwards
+    assert (np.abs(other[column] - one[column]) <= far).all(), pd.DataFrame(
+        dict(method=one.method, one=one[column], other=other[column])
+    )
 
 
 def test_same_ssim_cost_and_flags(runs):
     one, other = runs['one'][0], runs['decimal'][0]
-    for c in ('retain_ssim', 'forget_ssim'): np.testing.assert_allclose(other[c], one[c], atol=1e-2)
+    for c in ('retain_ssim', 'forget_ssim'):
+        np.testing.assert_allclose(other[c], one[c], atol=1e-2)
     assert list(one.cost_ratio.fillna(0)) == list(other.cost_ratio.fillna(0))
     assert list(one.flag) == list(other.flag)

@@ -20,188 +20,256 @@ from ..machinery.disk import DataError
 
 # %% ../../nbs/19_data.files.ipynb #2d82cec8
 _ACCESS = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-_ACCESS.set_fclose_degree(h5py.h5f.CLOSE_STRONG)   # closes what was opened inside, too
-_ACCESS.set_cache(*_ACCESS.get_cache()[:2], 0, 1.)
+_ACCESS.set_fclose_degree(h5py.h5f.CLOSE_STRONG)  # closes what was opened inside, too
+_ACCESS.set_cache(*_ACCESS.get_cache()[:2], 0, 1.0)
+
 
 @contextmanager
 def _open(path):
     "An HDF5 file open for reading, closed again whatever happens; what h5py raises becomes `DataError`."
     try:
         f = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _ACCESS)
-        try: yield f
-        finally: f.close()
-    except DataError: raise
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError) as e:   # all of them what h5py raises for damaged files
+        try:
+            yield f
+        finally:
+            f.close()
+    except DataError:
+        raise
+    except (
+        OSError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as e:  # all of them what h5py raises for damaged files
         if not os.path.isfile(path):
-            raise DataError(f'{path}: no such file. Check the path, or index the folder again if files have moved.') from e
+            raise DataError(
+                f'{path}: no such file. Check the path, or index the folder again if files have moved.'
+            ) from e
         reason = str(e).strip().split('\n')[0]
-        raise DataError(f'{path}: cannot be read as HDF5 ({reason}). The file may be damaged or cut short: '
-                        'copy or download it again, or leave it out.') from e
+        raise DataError(
+            f'{path}: cannot be read as HDF5 ({reason}). The file may be damaged or cut short: '
+            'copy or download it again, or leave it out.'
+        ) from e
 
 # %% ../../nbs/19_data.files.ipynb #7da87578
 def _dataset(f, path, name, ndims):
     "Dataset `name` with one of the numbers of axes `ndims`, as HDF5's object, and its shape."
-    try: ds = h5py.h5o.open(f, name.encode())
+    try:
+        ds = h5py.h5o.open(f, name.encode())
     except KeyError:
-        if name.encode() in f: raise   # it is there, and damaged
+        if name.encode() in f:
+            raise  # it is there, and damaged
         ds = None
-    if not isinstance(ds, h5py.h5d.DatasetID): raise DataError(f'{path}: holds no dataset {name!r}, only {sorted(h5py.File(f))}. Is it a fastMRI file?')
-    shape = ds.shape   # asked once: each look at HDF5 costs some microseconds, in the next chapter for thousands of files
+    if not isinstance(ds, h5py.h5d.DatasetID):
+        raise DataError(f'{path}: holds no dataset {name!r}, only {sorted(h5py.File(f))}. Is it a fastMRI file?')
+    shape = (
+        ds.shape
+    )  # asked once: each look at HDF5 costs some microseconds, in the next chapter for thousands of files
     if len(shape) not in ndims:
         raise DataError(f'{path}: dataset {name!r} must have {" or ".join(map(str, ndims))} axes, found shape {shape}.')
     return ds, shape
 
+
 def _kspace(f, path):
     "The k-space: [slices, coils, H, W] or [slices, H, W], complex, not empty."
     ds, shape = _dataset(f, path, 'kspace', (3, 4))
-    kind = ds.get_type()   # HDF5 has no complex numbers of old: they are records of two, and h5py is slow to tell
+    kind = ds.get_type()  # HDF5 has no complex numbers of old: they are records of two, and h5py is slow to tell
     if not (kind.get_class() == h5py.h5t.COMPOUND and kind.get_nmembers() == 2) and ds.dtype.kind != 'c':
         raise DataError(f'{path}: k-space must be complex, found {ds.dtype} of shape {shape}.')
-    if 0 in shape: raise DataError(f'{path}: k-space is empty, shape {shape}.')
+    if 0 in shape:
+        raise DataError(f'{path}: k-space is empty, shape {shape}.')
     return ds, shape
 
 # %% ../../nbs/19_data.files.ipynb #f016080e
 def _item(ds, shape, path, i, dtype):
     "Entry `i` of a dataset as a tensor; negative numbers are refused rather than counted from the end."
-    if not 0 <= i < shape[0]: raise DataError(f'{path}: slice {i} asked for, but it holds slices 0 to {shape[0]-1}.')
-    if ds.dtype != dtype: return torch.from_numpy(np.asarray(h5py.Dataset(ds)[i], dtype=dtype))
-    out, space = np.empty(shape[1:], dtype), ds.get_space()   # numpy asks for large pages, which are faster to fill than torch.empty
+    if not 0 <= i < shape[0]:
+        raise DataError(f'{path}: slice {i} asked for, but it holds slices 0 to {shape[0] - 1}.')
+    if ds.dtype != dtype:
+        return torch.from_numpy(np.asarray(h5py.Dataset(ds)[i], dtype=dtype))
+    out, space = (
+        np.empty(shape[1:], dtype),
+        ds.get_space(),
+    )  # numpy asks for large pages, which are faster to fill than torch.empty
     space.select_hyperslab((i, *(0 for _ in shape[1:])), (1, *shape[1:]))
     ds.read(h5py.h5s.create_simple(shape[1:]), space, out)
     return torch.from_numpy(out)
 
 # %% ../../nbs/19_data.files.ipynb #be8bbc75
 def read_slice(
-    path,   # fastMRI file
-    i: int  # slice, from 0
-) -> torch.Tensor: # complex64 [coils, H, W]; one coil keeps its axis
+    path,  # fastMRI file
+    i: int,  # slice, from 0
+) -> torch.Tensor:  # complex64 [coils, H, W]; one coil keeps its axis
     "Raw k-space of one slice; only this slice is read from disk."
-    with _open(path) as f: k = _item(*_kspace(f, path), path, i, np.complex64)
+    with _open(path) as f:
+        k = _item(*_kspace(f, path), path, i, np.complex64)
     return k if k.ndim == 3 else k[None]
 
 # %% ../../nbs/19_data.files.ipynb #263de769
 def _target(f, path, axes):
     "fastMRI's target and its shape: `reconstruction_esc` in files of one coil that have it, else `reconstruction_rss`; (None, None) without."
-    if axes == 3 and b'reconstruction_esc' in f: return _dataset(f, path, 'reconstruction_esc', (3,))
+    if axes == 3 and b'reconstruction_esc' in f:
+        return _dataset(f, path, 'reconstruction_esc', (3,))
     return _dataset(f, path, 'reconstruction_rss', (3,)) if b'reconstruction_rss' in f else (None, None)
 
 # %% ../../nbs/19_data.files.ipynb #fdc4ab55
 def read_target(
-    path,    # fastMRI file
+    path,  # fastMRI file
     i=None,  # slice, from 0; None: the whole volume
-) -> torch.Tensor: # float32 [rows, cols], or [slices, rows, cols]
+) -> torch.Tensor:  # float32 [rows, cols], or [slices, rows, cols]
     "The image to aim at. Raises `DataError` where the file has none (test sets)."
     with _open(path) as f:
         ds, shape = _target(f, path, len(_kspace(f, path)[1]))
-        if ds is None: raise DataError(f'{path}: holds no target image (reconstruction_rss), as in a test set. '
-                                       'It can be reconstructed, but not trained on or scored.')
-        return torch.from_numpy(np.asarray(h5py.Dataset(ds)[:], dtype=np.float32)) if i is None else _item(ds, shape, path, i, np.float32)
+        if ds is None:
+            raise DataError(
+                f'{path}: holds no target image (reconstruction_rss), as in a test set. '
+                'It can be reconstructed, but not trained on or scored.'
+            )
+        return (
+            torch.from_numpy(np.asarray(h5py.Dataset(ds)[:], dtype=np.float32))
+            if i is None
+            else _item(ds, shape, path, i, np.float32)
+        )
 
 # %% ../../nbs/19_data.files.ipynb #ab7b97e1
 def _mask(f, path, width):
     "Dataset `mask` as HDF5's object where it can be one of `width` columns, else None."
-    if b'mask' not in f: return None
+    if b'mask' not in f:
+        return None
     ds = h5py.h5o.open(f, b'mask')
     shape = ds.shape if isinstance(ds, h5py.h5d.DatasetID) else ()
     if len(shape) == 1 and shape[0] != width:
-        raise DataError(f'{path}: its mask has {shape[0]} entries, its k-space {width} columns. Copy the file again, or leave it out.')
+        raise DataError(
+            f'{path}: its mask has {shape[0]} entries, its k-space {width} columns. Copy the file again, or leave it out.'
+        )
     return ds if shape and shape[-1] == width and set(shape[:-1]) <= {1} else None
 
-def read_mask(
-    path  # fastMRI file
-) -> torch.Tensor|None: # bool [W]
-    "The columns that were measured, as test files say; None where the file says nothing. Raises `DataError` for a wrong length."
-    with _open(path) as f: return _as_mask(_mask(f, path, _kspace(f, path)[1][-1]))
 
-def _as_mask(ds): return None if ds is None else torch.from_numpy(h5py.Dataset(ds)[()].reshape(-1) != 0)
+def read_mask(
+    path,  # fastMRI file
+) -> torch.Tensor | None:  # bool [W]
+    "The columns that were measured, as test files say; None where the file says nothing. Raises `DataError` for a wrong length."
+    with _open(path) as f:
+        return _as_mask(_mask(f, path, _kspace(f, path)[1][-1]))
+
+
+def _as_mask(ds):
+    return None if ds is None else torch.from_numpy(h5py.Dataset(ds)[()].reshape(-1) != 0)
 
 # %% ../../nbs/19_data.files.ipynb #29f8740d
 class RawSlice(NamedTuple):
     "One slice as the file holds it."
-    kspace: torch.Tensor       # complex64 [coils, H, W]
-    target: torch.Tensor|None  # float32 [rows, cols]; None in a test set
-    mask: torch.Tensor|None    # bool [W], the columns that were measured; None where the file says nothing
+
+    kspace: torch.Tensor  # complex64 [coils, H, W]
+    target: torch.Tensor | None  # float32 [rows, cols]; None in a test set
+    mask: torch.Tensor | None  # bool [W], the columns that were measured; None where the file says nothing
+
 
 def read_item(
-    path,   # fastMRI file
-    i: int  # slice, from 0
+    path,  # fastMRI file
+    i: int,  # slice, from 0
 ) -> RawSlice:
     "k-space, target and mask of one slice from a file that is opened once. Raises `DataError` as `read_slice` does."
     with _open(path) as f:
         ds, shape = _kspace(f, path)
         target, size = _target(f, path, len(shape))
         k, mask = _item(ds, shape, path, i, np.complex64), _as_mask(_mask(f, path, shape[-1]))
-        return RawSlice(k if k.ndim == 3 else k[None], None if target is None else _item(target, size, path, i, np.float32), mask)
+        return RawSlice(
+            k if k.ndim == 3 else k[None], None if target is None else _item(target, size, path, i, np.float32), mask
+        )
 
 # %% ../../nbs/19_data.files.ipynb #f44f068a
 _TEXT, _FLOAT64 = h5py.string_dtype(), h5py.h5t.NATIVE_DOUBLE
 _TEXT_TYPE = h5py.h5t.py_create(_TEXT)
 
+
 def _attr(f, name):
     "Attribute `name`: a number, or text without its padding; the first of several; None where it is absent or empty."
-    if not h5py.h5a.exists(f, name.encode()): return None
+    if not h5py.h5a.exists(f, name.encode()):
+        return None
     a = h5py.h5a.open(f, name.encode())
     kind = a.get_type()
-    try: size = a.get_storage_size()
-    except RuntimeError: return None   # h5py's answer where nothing is stored
-    if kind == _FLOAT64 and size == 8: out = np.empty(1)
-    elif _is_text(kind) and size == 16: out, kind = np.empty(1, _TEXT), _TEXT_TYPE
-    elif kind.get_class() == h5py.h5t.ENUM and size == 1: out = np.empty(1, np.int8)
-    else: out, kind = np.empty(a.shape, a.dtype), None
+    try:
+        size = a.get_storage_size()
+    except RuntimeError:
+        return None  # h5py's answer where nothing is stored
+    if kind == _FLOAT64 and size == 8:
+        out = np.empty(1)
+    elif _is_text(kind) and size == 16:
+        out, kind = np.empty(1, _TEXT), _TEXT_TYPE
+    elif kind.get_class() == h5py.h5t.ENUM and size == 1:
+        out = np.empty(1, np.int8)
+    else:
+        out, kind = np.empty(a.shape, a.dtype), None
     a.read(out, kind)
     value = out.flat[0]
-    if isinstance(value, bytes): value = value.decode(errors='replace')
+    if isinstance(value, bytes):
+        value = value.decode(errors='replace')
     return value.strip() if isinstance(value, str) else value
 
-def _is_text(kind): return isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str()
+
+def _is_text(kind):
+    return isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str()
 
 # %% ../../nbs/19_data.files.ipynb #da0c81f9
 def _xml(f, path):
     "The text of the header."
     ds, shape = _dataset(f, path, 'ismrmrd_header', (0, 1))
     xml = np.empty(shape, _TEXT if (text := _is_text(ds.get_type())) else ds.dtype)
-    ds.read(h5py.h5s.ALL, h5py.h5s.ALL, xml, *[_TEXT_TYPE]*text)
+    ds.read(h5py.h5s.ALL, h5py.h5s.ALL, xml, *[_TEXT_TYPE] * text)
     return xml.flat[0]
 
+
 def read_header(
-    path  # fastMRI file
+    path,  # fastMRI file
 ) -> Header:
     "The ISMRMRD header; no pixel is read."
-    with _open(path) as f: return header_from_xml(_xml(f, path), path)
+    with _open(path) as f:
+        return header_from_xml(_xml(f, path), path)
 
 # %% ../../nbs/19_data.files.ipynb #f3122ac0
 class FileMeta(NamedTuple):
     "All that a file says besides its pixels."
-    kspace: tuple       # shape as stored: (slices, coils, H, W), or (slices, H, W) for one coil
-    target: tuple|None  # shape of the target: (slices, rows, cols); None in a test set
-    has_mask: bool      # a mask of W columns is there
-    simulated: bool     # attribute or header says so
-    header: Header      # sizes, limits, field, model, site, source; `read_header` knows the rest
-    attrs: dict         # `acquisition`, `patient_id`, `max`: those that are there
+
+    kspace: tuple  # shape as stored: (slices, coils, H, W), or (slices, H, W) for one coil
+    target: tuple | None  # shape of the target: (slices, rows, cols); None in a test set
+    has_mask: bool  # a mask of W columns is there
+    simulated: bool  # attribute or header says so
+    header: Header  # sizes, limits, field, model, site, source; `read_header` knows the rest
+    attrs: dict  # `acquisition`, `patient_id`, `max`: those that are there
 
 # %% ../../nbs/19_data.files.ipynb #ea092ca5
 def read_meta(
-    path  # fastMRI file
+    path,  # fastMRI file
 ) -> FileMeta:
     "Shapes, header and attributes; no pixel is read. Raises `DataError` for a file without usable k-space or header."
     with _open(path) as f:
         shape, header = _kspace(f, path)[1], _brief_header(_xml(f, path), path)
         attrs = {k: v for k in ('acquisition', 'patient_id', 'max') if (v := _attr(f, k)) is not None}
-        return FileMeta(shape, _target(f, path, len(shape))[1], _mask(f, path, shape[-1]) is not None,
-                        header.simulated or bool(_attr(f, 'simulated')), header, attrs)
+        return FileMeta(
+            shape,
+            _target(f, path, len(shape))[1],
+            _mask(f, path, shape[-1]) is not None,
+            header.simulated or bool(_attr(f, 'simulated')),
+            header,
+            attrs,
+        )
 
 # %% ../../nbs/19_data.files.ipynb #b4d6dcfa
 def read_array(
-    path,      # HDF5 file
-    name: str, # dataset, e.g. `reconstruction`
+    path,  # HDF5 file
+    name: str,  # dataset, e.g. `reconstruction`
 ) -> torch.Tensor:
     "A whole dataset of any HDF5 file."
-    with _open(path) as f: return torch.from_numpy(np.asarray(h5py.Dataset(_dataset(f, path, name, range(6))[0])[()]))
+    with _open(path) as f:
+        return torch.from_numpy(np.asarray(h5py.Dataset(_dataset(f, path, name, range(6))[0])[()]))
+
 
 def read_extras(
-    path,       # file written with `extras`
+    path,  # file written with `extras`
     name: str,  # which of them
-    i=None,     # slice; None: all
+    i=None,  # slice; None: all
 ) -> torch.Tensor:
     "An extra array of a simulated file, such as the noise-free object."
     with _open(path) as f:

@@ -14,71 +14,93 @@ from ..machinery.disk import DataError
 
 # %% ../../nbs/17_data.header.ipynb #6f920fd0
 NAMESPACE = 'http://www.ismrm.org/ISMRMRD'
-HZ_PER_TESLA = 42.577478518e6   # gyromagnetic ratio of the proton over 2 pi (CODATA)
+HZ_PER_TESLA = 42.577478518e6  # gyromagnetic ratio of the proton over 2 pi (CODATA)
 _step1, _slice = 'encoding/encodingLimits/kspace_encoding_step_1', 'encoding/encodingLimits/slice'
 _PATHS = dict(
-    patient_id='subjectInformation/patientID', body_part='studyInformation/bodyPartExamined',
-    patient_position='measurementInformation/patientPosition', protocol='measurementInformation/protocolName',
-    vendor='acquisitionSystemInformation/systemVendor', model='acquisitionSystemInformation/systemModel',
+    patient_id='subjectInformation/patientID',
+    body_part='studyInformation/bodyPartExamined',
+    patient_position='measurementInformation/patientPosition',
+    protocol='measurementInformation/protocolName',
+    vendor='acquisitionSystemInformation/systemVendor',
+    model='acquisitionSystemInformation/systemModel',
     field_T='acquisitionSystemInformation/systemFieldStrength_T',
-    coils='acquisitionSystemInformation/receiverChannels', site='acquisitionSystemInformation/institutionName',
+    coils='acquisitionSystemInformation/receiverChannels',
+    site='acquisitionSystemInformation/institutionName',
     h1_hz='experimentalConditions/H1resonanceFrequency_Hz',
-    encoded='encoding/encodedSpace/matrixSize', encoded_fov_mm='encoding/encodedSpace/fieldOfView_mm',
-    recon='encoding/reconSpace/matrixSize', recon_fov_mm='encoding/reconSpace/fieldOfView_mm',
-    enc_minimum=f'{_step1}/minimum', enc_maximum=f'{_step1}/maximum', enc_center=f'{_step1}/center',
-    slice_minimum=f'{_slice}/minimum', slice_maximum=f'{_slice}/maximum', slice_center=f'{_slice}/center',
-    trajectory='encoding/trajectory', tr_ms='sequenceParameters/TR', te_ms='sequenceParameters/TE',
-    ti_ms='sequenceParameters/TI', flip_deg='sequenceParameters/flipAngle_deg',
-    sequence_type='sequenceParameters/sequence_type')
+    encoded='encoding/encodedSpace/matrixSize',
+    encoded_fov_mm='encoding/encodedSpace/fieldOfView_mm',
+    recon='encoding/reconSpace/matrixSize',
+    recon_fov_mm='encoding/reconSpace/fieldOfView_mm',
+    enc_minimum=f'{_step1}/minimum',
+    enc_maximum=f'{_step1}/maximum',
+    enc_center=f'{_step1}/center',
+    slice_minimum=f'{_slice}/minimum',
+    slice_maximum=f'{_slice}/maximum',
+    slice_center=f'{_slice}/center',
+    trajectory='encoding/trajectory',
+    tr_ms='sequenceParameters/TR',
+    te_ms='sequenceParameters/TE',
+    ti_ms='sequenceParameters/TI',
+    flip_deg='sequenceParameters/flipAngle_deg',
+    sequence_type='sequenceParameters/sequence_type',
+)
 
 # %% ../../nbs/17_data.header.ipynb #f495d2af
 @dataclass
 class Header:
     "What the ISMRMRD header of a volume says. Matrix sizes and fields of view are (x readout, y phase, z)."
-    encoded: tuple                        # matrix of the stored k-space: (H, W, 1)
-    recon: tuple                          # matrix of the image: (rows, cols, 1)
-    encoded_fov_mm: tuple = (0., 0., 0.)  # twice as long as the image's along the readout
-    recon_fov_mm: tuple = (0., 0., 0.)
-    enc_center: int = None                # phase-encoding step of the centre of k-space; default: all of W is measured
-    enc_maximum: int = None               # last phase-encoding step that was measured
+
+    encoded: tuple  # matrix of the stored k-space: (H, W, 1)
+    recon: tuple  # matrix of the image: (rows, cols, 1)
+    encoded_fov_mm: tuple = (0.0, 0.0, 0.0)  # twice as long as the image's along the readout
+    recon_fov_mm: tuple = (0.0, 0.0, 0.0)
+    enc_center: int = None  # phase-encoding step of the centre of k-space; default: all of W is measured
+    enc_maximum: int = None  # last phase-encoding step that was measured
     enc_minimum: int = 0
-    slice_maximum: int = 0                # number of slices - 1; real headers may claim more than the array holds
+    slice_maximum: int = 0  # number of slices - 1; real headers may claim more than the array holds
     slice_center: int = 0
     slice_minimum: int = 0
     trajectory: str = 'cartesian'
-    field_T: float = 0.
-    h1_hz: int = 0                        # proton frequency; follows from `field_T` unless given
+    field_T: float = 0.0
+    h1_hz: int = 0  # proton frequency; follows from `field_T` unless given
     coils: int = 0
     vendor: str = ''
     model: str = ''
     site: str = ''
     patient_id: str = ''
-    patient_position: str = 'HFS'         # head first, supine
+    patient_position: str = 'HFS'  # head first, supine
     body_part: str = ''
-    protocol: str = ''                    # name of the acquisition
+    protocol: str = ''  # name of the acquisition
     sequence_type: str = ''
-    tr_ms: float = 0.
-    te_ms: float = 0.
-    ti_ms: float = 0.
-    flip_deg: float = 0.
-    simulated: bool = False               # the k-space was computed, not measured
-    source: str = ''                      # what simulated k-space was computed from; empty: the simulated anatomy
+    tr_ms: float = 0.0
+    te_ms: float = 0.0
+    ti_ms: float = 0.0
+    flip_deg: float = 0.0
+    simulated: bool = False  # the k-space was computed, not measured
+    source: str = ''  # what simulated k-space was computed from; empty: the simulated anatomy
 
     def __post_init__(self):
         W = self.encoded[1]
-        if self.enc_center is None: self.enc_center = W//2
-        if self.enc_maximum is None: self.enc_maximum = W - 1
-        if not self.h1_hz: self.h1_hz = round(HZ_PER_TESLA*self.field_T)
-        elif not self.field_T: self.field_T = self.h1_hz/HZ_PER_TESLA
+        if self.enc_center is None:
+            self.enc_center = W // 2
+        if self.enc_maximum is None:
+            self.enc_maximum = W - 1
+        if not self.h1_hz:
+            self.h1_hz = round(HZ_PER_TESLA * self.field_T)
+        elif not self.field_T:
+            self.field_T = self.h1_hz / HZ_PER_TESLA
 
-    def to_xml(self): return header_to_xml(self)
+    def to_xml(self):
+        return header_to_xml(self)
+
     @classmethod
-    def from_xml(cls, xml, path='an ISMRMRD header'): return header_from_xml(xml, path)
+    def from_xml(cls, xml, path='an ISMRMRD header'):
+        return header_from_xml(xml, path)
 
     @property
     def padding(self):
         "Columns [left, right) of k-space that were measured; the rest is zero padding (fastMRI's rule)."
-        left = self.encoded[1]//2 - self.enc_center
+        left = self.encoded[1] // 2 - self.enc_center
         return left, left + self.enc_maximum + 1
 
 # %% ../../nbs/17_data.header.ipynb #e0805459
@@ -88,24 +110,33 @@ def _put(root, path, value):
         child = root.find(tag)
         root = ET.SubElement(root, tag) if child is None else child
     if isinstance(value, tuple):
-        for tag, v in zip('xyz', value): ET.SubElement(root, tag).text = str(v)
-    else: root.text = str(value)
+        for tag, v in zip('xyz', value):
+            ET.SubElement(root, tag).text = str(v)
+    else:
+        root.text = str(value)
+
 
 def header_to_xml(
-    header: Header  # what to write; empty optional fields are left out
-) -> bytes:         # UTF-8 XML, ISMRMRD namespace
+    header: Header,  # what to write; empty optional fields are left out
+) -> bytes:  # UTF-8 XML, ISMRMRD namespace
     "ISMRMRD XML of `header`, elements in the order of the schema."
     root = ET.Element('ismrmrdHeader', xmlns=NAMESPACE)
     always = ('h1_hz', 'patient_position', *(k for k in _PATHS if k.startswith(('enc', 'recon', 'slice'))))
     for name, path in _PATHS.items():
         value = getattr(header, name)
-        if value or name in always: _put(root, path, value)
-    users = dict(simulated='true' if header.simulated else '', simulated_from=header.source)   # free-form: the schema has no word for it
+        if value or name in always:
+            _put(root, path, value)
+    users = dict(
+        simulated='true' if header.simulated else '', simulated_from=header.source
+    )  # free-form: the schema has no word for it
     for name, value in users.items():
-        if not value: continue
-        if root.find('userParameters') is None: ET.SubElement(root, 'userParameters')
+        if not value:
+            continue
+        if root.find('userParameters') is None:
+            ET.SubElement(root, 'userParameters')
         user = ET.SubElement(root.find('userParameters'), 'userParameterString')
-        _put(user, 'name', name); _put(user, 'value', value)
+        _put(user, 'name', name)
+        _put(user, 'value', value)
     ET.indent(root)
     return b'<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding='utf-8', xml_declaration=False)
 
@@ -116,21 +147,26 @@ def _tree(paths):
     for name, path in paths.items():
         *branch, leaf = (f'{{{NAMESPACE}}}{tag}' for tag in path.split('/'))
         node = tree
-        for tag in branch: node = node.setdefault(tag, {})
+        for tag in branch:
+            node = node.setdefault(tag, {})
         node[leaf] = name
     return tree
+
 
 def _found(element, tree, out):
     "The first element of each field below `element`, into the dict `out`."
     for child in element:
         at = tree.get(child.tag)
-        if type(at) is dict: _found(child, at, out)
-        elif at is not None: out.setdefault(at, child)
+        if type(at) is dict:
+            _found(child, at, out)
+        elif at is not None:
+            out.setdefault(at, child)
     return out
 
 # %% ../../nbs/17_data.header.ipynb #e371a887
 _TREE = _tree(_PATHS)
 _USERS = f'{{{NAMESPACE}}}userParameters/{{{NAMESPACE}}}userParameterString'
+
 
 def _value(element, kind, name):
     "Value of type `kind`; None for an empty element."
@@ -138,11 +174,13 @@ def _value(element, kind, name):
         at = {e.tag.rpartition('}')[2]: float(e.text) for e in element}
         return tuple(at[k] if name.endswith('_mm') else int(at[k]) for k in 'xyz')
     text = (element.text or '').strip()
-    if not text: return None
+    if not text:
+        return None
     return int(float(text)) if kind is int else kind(text)
 
+
 def header_from_xml(
-    xml: bytes|str,            # ISMRMRD XML
+    xml: bytes | str,  # ISMRMRD XML
     path='an ISMRMRD header',  # file name for the error message
 ) -> Header:
     "Read a header. Raises `DataError` for broken XML or a missing matrix size."
@@ -150,43 +188,63 @@ def header_from_xml(
         root = ET.fromstring(xml)
         said = {name: _value(e, Header.__annotations__[name], name) for name, e in _found(root, _TREE, {}).items()}
         users = {u[0].text: u[1].text for u in root.iterfind(_USERS) if len(u) == 2}
-        return Header(**{k: v for k, v in said.items() if v is not None},
-                      simulated=users.get('simulated') == 'true', source=(users.get('simulated_from') or '').strip())
+        return Header(
+            **{k: v for k, v in said.items() if v is not None},
+            simulated=users.get('simulated') == 'true',
+            source=(users.get('simulated_from') or '').strip(),
+        )
     except (ET.ParseError, TypeError, ValueError, LookupError, OverflowError) as e:
-        raise DataError(f'{path}: the ISMRMRD header cannot be read ({e}). Expected XML in the namespace {NAMESPACE} '
-                        'with matrix sizes of encodedSpace and reconSpace.') from e
+        raise DataError(
+            f'{path}: the ISMRMRD header cannot be read ({e}). Expected XML in the namespace {NAMESPACE} '
+            'with matrix sizes of encodedSpace and reconSpace.'
+        ) from e
 
 # %% ../../nbs/17_data.header.ipynb #0d3304e1
 def padding_in(
     header: Header,
-    width: int  # columns of the array
-) -> tuple:     # (left, right)
+    width: int,  # columns of the array
+) -> tuple:  # (left, right)
     "Columns [left, right) of an array that were measured: `Header.padding` for an array that may have another width than the header says."
-    left = width//2 - header.enc_center
+    left = width // 2 - header.enc_center
     left, right = max(left, 0), min(left + header.enc_maximum + 1, width)
     return (left, right) if left < right else (0, width)
 
 # %% ../../nbs/17_data.header.ipynb #3ce3c169
 _BRIEF = ('encoded', 'recon', 'enc_center', 'enc_maximum', 'field_T', 'model', 'site')
-_START = re.compile(rf'\s*(<\?xml version="1.0"( encoding="(utf|UTF)-8")?\s*\?>)?\s*<ismrmrdHeader [^<>]*xmlns="{NAMESPACE}"[^<>]*>')
+_START = re.compile(
+    rf'\s*(<\?xml version="1.0"( encoding="(utf|UTF)-8")?\s*\?>)?\s*<ismrmrdHeader [^<>]*xmlns="{NAMESPACE}"[^<>]*>'
+)
 _XYZ = re.compile(r'\s*'.join(('', *(f'<{k}>([^<]*)</{k}>' for k in 'xyz'), '')))
-_USER = re.compile(r'\s*'.join(('<userParameterString>', '<name>([^<]*)</name>', '<value>([^<]*)</value>', '</userParameterString>')))
+_USER = re.compile(
+    r'\s*'.join(('<userParameterString>', '<name>([^<]*)</name>', '<value>([^<]*)</value>', '</userParameterString>'))
+)
 
-def _tags(tree): return [(f'<{t}>', f'</{t}>', below if type(below) is str else _tags(below)) for t, below in ((k.rpartition('}')[2], v) for k, v in tree.items())]
+
+def _tags(tree):
+    return [
+        (f'<{t}>', f'</{t}>', below if type(below) is str else _tags(below))
+        for t, below in ((k.rpartition('}')[2], v) for k, v in tree.items())
+    ]
+
 
 _BRIEF_TAGS, _H1_TAGS = (_tags(_tree({name: _PATHS[name] for name in names})) for names in (_BRIEF, ['h1_hz']))
+
 
 def _search(text, tags, start, end, out):
     "Texts of the fields between `start` and `end`; raises `ValueError` for a tag that is odd, not closed or comes twice."
     for opens, closes, below in tags:
         at = text.find(opens, start, end)
         if at < 0:
-            if text.find(opens[:-1], start, end) >= 0: raise ValueError   # an attribute, a blank, or an empty element
+            if text.find(opens[:-1], start, end) >= 0:
+                raise ValueError  # an attribute, a blank, or an empty element
             continue
         at, last = at + len(opens), text.index(closes, at, end)
-        if text.find(opens, at, end) >= 0: raise ValueError
-        if type(below) is str: out[below] = text[at:last]
-        else: _search(text, below, at, last, out)
+        if text.find(opens, at, end) >= 0:
+            raise ValueError
+        if type(below) is str:
+            out[below] = text[at:last]
+        else:
+            _search(text, below, at, last, out)
     return out
 
 # %% ../../nbs/17_data.header.ipynb #b6783889
@@ -194,9 +252,11 @@ def _plain_start(text):
     "Where the content begins, if a search in `text` finds what a parser would; raises `ValueError` otherwise."
     start = _START.match(text).end()
     odd = text.count(f'{NAMESPACE}"') > 1 or text.find('=', start) >= 0 or '&' in text or '<!' in text or '\r' in text
-    unbalanced = text.count('<', start) != 2*text.count('</', start) - 1 + text.count('/>', start)
-    if odd or unbalanced or not text.rstrip().endswith('</ismrmrdHeader>'): raise ValueError
+    unbalanced = text.count('<', start) != 2 * text.count('</', start) - 1 + text.count('/>', start)
+    if odd or unbalanced or not text.rstrip().endswith('</ismrmrdHeader>'):
+        raise ValueError
     return start
+
 
 def _brief_header(xml, path):
     "The fields of `_BRIEF` and where the k-space is from; as `header_from_xml` in all else."
@@ -205,12 +265,18 @@ def _brief_header(xml, path):
         start = _plain_start(text)
         said = _search(text, _BRIEF_TAGS, start, len(text), {})
         said = {k: v.strip() for k, v in said.items() if v.strip()}
-        for k in ('encoded', 'recon'): said[k] = tuple(int(float(v)) for v in _XYZ.fullmatch(said[k]).groups())
+        for k in ('encoded', 'recon'):
+            said[k] = tuple(int(float(v)) for v in _XYZ.fullmatch(said[k]).groups())
         for k in ('enc_center', 'enc_maximum'):
-            if k in said: said[k] = int(float(said[k]))
-        said['field_T'] = float(said.get('field_T', 0)) or int(float(_search(text, _H1_TAGS, start, len(text), {}).get('h1_hz', 0)))/HZ_PER_TESLA
+            if k in said:
+                said[k] = int(float(said[k]))
+        said['field_T'] = (
+            float(said.get('field_T', 0))
+            or int(float(_search(text, _H1_TAGS, start, len(text), {}).get('h1_hz', 0))) / HZ_PER_TESLA
+        )
         users = _USER.findall(text) if 'simulated' in text else []
-        if users and len(users) != text.count('<userParameterString>'): raise ValueError
+        if users and len(users) != text.count('<userParameterString>'):
+            raise ValueError
         users = {k.strip(): v.strip() for k, v in users}
         return Header(**said, simulated=users.get('simulated') == 'true', source=users.get('simulated_from', ''))
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError):

@@ -19,8 +19,8 @@ from ..signal.masks import mask_func
 
 # %% ../../nbs/29_data.loaders.ipynb #6d2c4f63
 def collate(
-    items: list, # of Item
-): # (list of k-spaces, list of masks, num_low [B], list of targets, max_value [B], forget [B], volume [B], slice_num [B])
+    items: list,  # of Item
+):  # (list of k-spaces, list of masks, num_low [B], list of targets, max_value [B], forget [B], volume [B], slice_num [B])
     "Put the items of a batch together without touching their k-space"
     k, m, low, t, *rest = zip(*items)
     return (list(k), list(m), torch.tensor(low), list(t), *map(torch.tensor, rest))
@@ -28,76 +28,128 @@ def collate(
 # %% ../../nbs/29_data.loaders.ipynb #aa063e49
 def buckets(
     idxs,  # indices of slices
-    shape, # index -> shape
-    n: int # slices in a batch
-): # list of lists of at most `n` indices of one shape
+    shape,  # index -> shape
+    n: int,  # slices in a batch
+):  # list of lists of at most `n` indices of one shape
     "Batches in the order in which they become full; what is left of each shape comes last"
     waiting, full = {}, []
     for i in idxs:
         bucket = waiting.setdefault(shape(i), [])
         bucket.append(i)
-        if len(bucket) == n: full.append(waiting.pop(shape(i)))
+        if len(bucket) == n:
+            full.append(waiting.pop(shape(i)))
     return full + list(waiting.values())
+
 
 def in_order(idxs, shape, n):
     "Batches of at most `n` neighbours of one shape"
     runs = (list(run) for _, run in groupby(idxs, shape))
-    return [run[i:i + n] for run in runs for i in range(0, len(run), n)]
+    return [run[i : i + n] for run in runs for i in range(0, len(run), n)]
 
 # %% ../../nbs/29_data.loaders.ipynb #904e1acb
 class ReconDL(TfmdDL):
     "A TfmdDL over a `SliceDataset`: same seed, same batches and same masks"
-    def __init__(self, dataset, bs=8, shuffle=False, seed=0, order=None, keep=False, num_workers=0, device=None, after_batch=None, **kwargs):
+
+    def __init__(
+        self,
+        dataset,
+        bs=8,
+        shuffle=False,
+        seed=0,
+        order=None,
+        keep=False,
+        num_workers=0,
+        device=None,
+        after_batch=None,
+        **kwargs,
+    ):
         device = default_device() if device is None else torch.device(device)
         self.dataset, self.size, self.shuffle, self.seed, self.order, self.epoch = dataset, bs, shuffle, seed, order, -1
-        self.early = num_workers > 0 and device.type == 'cpu' and dataset.input == 'image'   # then workers also transform
-        if after_batch is None: after_batch = ReconTransform() if dataset.input == 'image' else KspaceTransform()
-        super().__init__(dataset, bs=None, shuffle=shuffle, num_workers=num_workers, device=device, after_batch=after_batch,
-                         **{**kwargs, 'n': len(self.batches(0))})
+        self.early = (
+            num_workers > 0 and device.type == 'cpu' and dataset.input == 'image'
+        )  # then workers also transform
+        if after_batch is None:
+            after_batch = ReconTransform() if dataset.input == 'image' else KspaceTransform()
+        super().__init__(
+            dataset,
+            bs=None,
+            shuffle=shuffle,
+            num_workers=num_workers,
+            device=device,
+            after_batch=after_batch,
+            **{**kwargs, 'n': len(self.batches(0))},
+        )
         self.keep, self.kept = keep, None
         self._n_inp, self._types = dataset.n_inp, None
+
     def batches(self, epoch):
         "Lists of indices: the batches of an epoch"
-        if self.order is not None: return self.order(epoch)
+        if self.order is not None:
+            return self.order(epoch)
         idxs = list(range(len(self.dataset)))
-        if not self.shuffle: return in_order(idxs, self.dataset.shape, self.size)
+        if not self.shuffle:
+            return in_order(idxs, self.dataset.shape, self.size)
         return buckets(random.Random(f'{self.seed} {epoch}').sample(idxs, len(idxs)), self.dataset.shape, self.size)
+
     def before_iter(self):
-        if self.shuffle or self.order: self.epoch += 1
+        if self.shuffle or self.order:
+            self.epoch += 1
         self.dataset.epoch = max(self.epoch, 0)
         super().before_iter()
-    def get_idxs(self): return [i for b in self.batches(max(self.epoch, 0)) for i in b]     # for `Learner.get_preds`
-    def sample(self): return self.batches(max(self.epoch, 0))[self.offs::self.num_workers]  # for one of the workers
+
+    def get_idxs(self):
+        return [i for b in self.batches(max(self.epoch, 0)) for i in b]  # for `Learner.get_preds`
+
+    def sample(self):
+        return self.batches(max(self.epoch, 0))[self.offs :: self.num_workers]  # for one of the workers
+
     def create_item(self, idxs):
         return [(as_image if self.early else sampled)(self.dataset[i]) for i in idxs]
-    def create_batch(self, b): return collate(b)
+
+    def create_batch(self, b):
+        return collate(b)
+
     def __iter__(self):
         if self.kept is None:
             batches = super().__iter__()
-            if not self.keep: yield from batches; return
+            if not self.keep:
+                yield from batches
+                return
             self.kept = list(batches)
         yield from self.kept
-    def retain(self, res, b): return res        # a batch is a plain tuple: there is no type to keep
-    def one_batch(self): return next(iter(self.new(num_workers=0, order=self.order)))
+
+    def retain(self, res, b):
+        return res  # a batch is a plain tuple: there is no type to keep
+
+    def one_batch(self):
+        return next(iter(self.new(num_workers=0, order=self.order)))
+
     def new(self, dataset=None, cls=None, **kwargs):
         new = super().new(dataset, cls, **{'bs': self.size, 'seed': self.seed, 'order': None, 'keep': False, **kwargs})
-        new.epoch = max(self.epoch - 1, -1)     # its first epoch is the present one
+        new.epoch = max(self.epoch - 1, -1)  # its first epoch is the present one
         return new
 
 # %% ../../nbs/29_data.loaders.ipynb #51d73eb3
 def recon_dls(
-    train: pd.DataFrame,     # volumes to train on, rows of `index_volumes`
-    valid: pd.DataFrame,     # volumes to validate on
-    mask=None,               # mask function of training slices; default: equispaced, 4×, centre 0.08
-    valid_mask=None,         # mask function of validation slices; default: the same
-    bs: int=8,               # slices in a batch
-    seed: int=0,             # of the order of slices and of the training masks
-    device=None,             # where the transform and the network run; default: fastai's default device
-    num_workers: int=0,      # processes that read files
-    input: str='image',      # what the network takes: 'image' (U-Net) or 'kspace' (VarNet)
-): # fastai DataLoaders with a training and a validation loader
+    train: pd.DataFrame,  # volumes to train on, rows of `index_volumes`
+    valid: pd.DataFrame,  # volumes to validate on
+    mask=None,  # mask function of training slices; default: equispaced, 4×, centre 0.08
+    valid_mask=None,  # mask function of validation slices; default: the same
+    bs: int = 8,  # slices in a batch
+    seed: int = 0,  # of the order of slices and of the training masks
+    device=None,  # where the transform and the network run; default: fastai's default device
+    num_workers: int = 0,  # processes that read files
+    input: str = 'image',  # what the network takes: 'image' (U-Net) or 'kspace' (VarNet)
+):  # fastai DataLoaders with a training and a validation loader
     "A training loader (shuffled, new masks each epoch) and a validation loader (file order, one mask a file)"
     mask, device = mask or mask_func('equispaced', [0.08], [4]), default_device() if device is None else device
-    tdl = ReconDL(SliceDataset(train, mask, train=True, seed=seed, input=input), bs=bs, shuffle=True, seed=seed, num_workers=num_workers, device=device)
+    tdl = ReconDL(
+        SliceDataset(train, mask, train=True, seed=seed, input=input),
+        bs=bs,
+        shuffle=True,
+        seed=seed,
+        num_workers=num_workers,
+        device=device,
+    )
     vdl = ReconDL(SliceDataset(valid, valid_mask or mask, input=input), bs=bs, num_workers=num_workers, device=device)
     return DataLoaders(tdl, vdl, device=device)

@@ -16,42 +16,54 @@ from ..machinery.disk import DataError
 
 # %% ../../nbs/27_data.request.ipynb #3221eb50
 def select_volumes(
-    index: pd.DataFrame, # one row a volume
-    query: str           # condition over its columns
-) -> pd.Series:          # bool, with the labels of `index`
+    index: pd.DataFrame,  # one row a volume
+    query: str,  # condition over its columns
+) -> pd.Series:  # bool, with the labels of `index`
     "Rows that fulfil `query`. Raises `DataError` for a query that cannot be read or is no condition."
-    if not len(index): raise DataError('the index is empty: there is no volume to choose from.')
-    try: hit = index.eval(query, engine='python')
+    if not len(index):
+        raise DataError('the index is empty: there is no volume to choose from.')
+    try:
+        hit = index.eval(query, engine='python')
     except pd.errors.UndefinedVariableError as e:
-        raise DataError(f'request {query!r}: {e}. The columns are {", ".join(index.columns)}; text needs quotes.') from e
-    except Exception as e:   # pandas raises many kinds for what it cannot read
+        raise DataError(
+            f'request {query!r}: {e}. The columns are {", ".join(index.columns)}; text needs quotes.'
+        ) from e
+    except Exception as e:  # pandas raises many kinds for what it cannot read
         reason = str(e).split('\n')[0]
-        raise DataError(f'request {query!r} cannot be read ({type(e).__name__}: {reason}). '
-                        'Expected a condition such as "organ == \'knee\'".') from e
+        raise DataError(
+            f'request {query!r} cannot be read ({type(e).__name__}: {reason}). '
+            'Expected a condition such as "organ == \'knee\'".'
+        ) from e
     if not isinstance(hit, pd.Series) or not pd.api.types.is_bool_dtype(hit):
-        raise DataError(f'request {query!r} is no condition: it does not say yes or no for each volume. '
-                        'Expected something like "organ == \'knee\'", with two equal signs.')
+        raise DataError(
+            f'request {query!r} is no condition: it does not say yes or no for each volume. '
+            'Expected something like "organ == \'knee\'", with two equal signs.'
+        )
     return hit.fillna(False).astype(bool)
 
 # %% ../../nbs/27_data.request.ipynb #c864219c
 @dataclass(frozen=True)
 class ForgetRequest:
     "Which volumes must be forgotten, and why."
-    query: str        # condition over the index: "organ == 'knee'", "patient_id in ['b0003', 'k0007']"
+
+    query: str  # condition over the index: "organ == 'knee'", "patient_id in ['b0003', 'k0007']"
     reason: str = ''  # for the record
 
     def select(self, index: pd.DataFrame) -> pd.Series:
         "True for each volume to forget. Raises `DataError` when that is none of them or all."
         hit = select_volumes(index, self.query)
-        if not hit.any(): raise DataError(f'request {self.query!r} matches none of the {len(index)} volumes.')
-        if hit.all(): raise DataError(f'request {self.query!r} matches all {len(index)} volumes: nothing would be retained.')
+        if not hit.any():
+            raise DataError(f'request {self.query!r} matches none of the {len(index)} volumes.')
+        if hit.all():
+            raise DataError(f'request {self.query!r} matches all {len(index)} volumes: nothing would be retained.')
         return hit
 
     def split(self, index, **kwargs):
         "The index with a column `split`, see `split_volumes`."
         return split_volumes(index, self, **kwargs)
 
-    def to_dict(self): return asdict(self)
+    def to_dict(self):
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, d):
@@ -61,30 +73,36 @@ class ForgetRequest:
 # %% ../../nbs/27_data.request.ipynb #cc45b283
 TEST_ENDINGS = ('_val', '_test', '_challenge', '_test_full', '_test_v2')
 
+
 def held_out_by_folder(
-    index: pd.DataFrame # with the column `folder`
-): # bool Series, True for test volumes; None where the folders do not tell
+    index: pd.DataFrame,  # with the column `folder`
+):  # bool Series, True for test volumes; None where the folders do not tell
     "Test volumes by the names of the folders. Raises `DataError` where only some of them are telling names."
     train, test = index.folder.str.endswith('_train'), index.folder.str.endswith(TEST_ENDINGS)
-    if not (train.any() and test.any()): return None
+    if not (train.any() and test.any()):
+        return None
     other = sorted(index.folder[~(train | test)].unique())
-    if other: raise DataError(f'some folders say whether they are for training or testing, {", ".join(other)} does not. Rename it to end in '
-                              "_train or _val, leave it out, or choose test='patient' for a random division.")
+    if other:
+        raise DataError(
+            f'some folders say whether they are for training or testing, {", ".join(other)} does not. Rename it to end in '
+            "_train or _val, leave it out, or choose test='patient' for a random division."
+        )
     return test
 
 # %% ../../nbs/27_data.request.ipynb #99001154
 def held_out_by_patient(
-    index: pd.DataFrame,    # with the columns `patient_id` and `organ`
-    test_fraction: float,   # share of the patients of each organ
-    seed: int
-) -> pd.Series:             # bool, True for test volumes
+    index: pd.DataFrame,  # with the columns `patient_id` and `organ`
+    test_fraction: float,  # share of the patients of each organ
+    seed: int,
+) -> pd.Series:  # bool, True for test volumes
     "Test volumes by drawing patients; of each organ at least one is drawn and one is left, where there are two or more."
-    if not 0 < test_fraction < 1: raise DataError(f'the test fraction must lie between 0 and 1, found {test_fraction}.')
+    if not 0 < test_fraction < 1:
+        raise DataError(f'the test fraction must lie between 0 and 1, found {test_fraction}.')
     # a patient with several organs is drawn once, in a group of such patients
     group = index.groupby('patient_id').organ.agg(lambda o: '+'.join(sorted(set(o)))).sort_index()
     rng, drawn = np.random.default_rng(seed), []
     for _, g in group.groupby(group, sort=True):
-        n = min(max(1, round(test_fraction*len(g))), len(g) - 1)
+        n = min(max(1, round(test_fraction * len(g))), len(g) - 1)
         drawn += list(rng.permutation(g.index.to_numpy(dtype=object))[:n])
     return index.patient_id.isin(drawn)
 
@@ -94,6 +112,7 @@ def _cut_patients(index, side):
     sides = side.groupby(index.patient_id).nunique()
     return sorted(sides.index[sides > 1])
 
+
 def _names(patients):
     "The first few names and how many more there are."
     return ', '.join(map(str, patients[:3])) + (f' and {len(patients) - 3} more' if len(patients) > 3 else '')
@@ -101,68 +120,94 @@ def _names(patients):
 # %% ../../nbs/27_data.request.ipynb #508be38f
 SPLITS = ('retain_train', 'forget_train', 'retain_test', 'forget_test')
 
+
 def _check_leaks(index, is_test, forget, allow_mixed):
     "Raise `DataError` naming the patients who would stand on two sides."
     both = _cut_patients(index, is_test)
-    if both: raise DataError(f'patient {_names(both)}: has volumes for training and for testing, which would make every score too good. '
-                             "Move them into one folder, leave them out, or choose test='patient'.")
+    if both:
+        raise DataError(
+            f'patient {_names(both)}: has volumes for training and for testing, which would make every score too good. '
+            "Move them into one folder, leave them out, or choose test='patient'."
+        )
     both = _cut_patients(index, forget)
     if both and not allow_mixed:
-        raise DataError(f'patient {_names(both)}: the request names some of the volumes but not all, and what is learnt from the rest would stay. '
-                        'Ask for whole patients, or say allow_mixed=True if that is meant.')
+        raise DataError(
+            f'patient {_names(both)}: the request names some of the volumes but not all, and what is learnt from the rest would stay. '
+            'Ask for whole patients, or say allow_mixed=True if that is meant.'
+        )
 
 # %% ../../nbs/27_data.request.ipynb #99171864
 def split_volumes(
-    index: pd.DataFrame,    # one row a volume, from `index_volumes`
+    index: pd.DataFrame,  # one row a volume, from `index_volumes`
     request: ForgetRequest,
-    test='auto',            # 'folder': folder names divide training and testing; 'patient': draw patients; 'auto': folder where possible
-    test_fraction=0.2,      # share of the patients to draw
-    seed=0,                 # of the draw
-    allow_mixed=False,      # let a request name some volumes of a patient and retain the others
-) -> pd.DataFrame:          # copy of `index` with the column `split`: one of `SPLITS`
+    test='auto',  # 'folder': folder names divide training and testing; 'patient': draw patients; 'auto': folder where possible
+    test_fraction=0.2,  # share of the patients to draw
+    seed=0,  # of the draw
+    allow_mixed=False,  # let a request name some volumes of a patient and retain the others
+) -> pd.DataFrame:  # copy of `index` with the column `split`: one of `SPLITS`
     """Divide the volumes into what stays and what goes, for training and for testing.
 
     Raises `DataError` where a patient would stand on two sides (naming the patient), where nothing to forget was used for
     training, and where nothing to retain would be left. `forget_test` may be empty, when a request names training patients only."""
     missing = [c for c in ('patient_id', 'organ', 'folder', 'fname') if c not in index]
-    if missing: raise DataError(f'the index lacks the column {", ".join(missing)}. Make it with index_volumes.')
-    if test not in ('auto', 'folder', 'patient'): raise DataError(f"test must be 'auto', 'folder' or 'patient', found {test!r}.")
+    if missing:
+        raise DataError(f'the index lacks the column {", ".join(missing)}. Make it with index_volumes.')
+    if test not in ('auto', 'folder', 'patient'):
+        raise DataError(f"test must be 'auto', 'folder' or 'patient', found {test!r}.")
     forget, is_test = request.select(index), None if test == 'patient' else held_out_by_folder(index)
     if is_test is None:
-        if test == 'folder': raise DataError(f'folders {", ".join(sorted(index.folder.unique()))}: expected some that end in _train and some in _val or _test.')
+        if test == 'folder':
+            raise DataError(
+                f'folders {", ".join(sorted(index.folder.unique()))}: expected some that end in _train and some in _val or _test.'
+            )
         is_test = held_out_by_patient(index, test_fraction, seed)
     _check_leaks(index, is_test, forget, allow_mixed)
     split = [f'{"forget" if f else "retain"}_{"test" if t else "train"}' for f, t in zip(forget, is_test)]
-    for part, why in (('retain_train', 'nothing would be left to train on'), ('forget_train', 'none of it was used for training, so there is nothing to unlearn')):
-        if part not in split: raise DataError(f'request {request.query!r} matches {forget.sum()} of {len(index)} volumes: {why}.')
+    for part, why in (
+        ('retain_train', 'nothing would be left to train on'),
+        ('forget_train', 'none of it was used for training, so there is nothing to unlearn'),
+    ):
+        if part not in split:
+            raise DataError(f'request {request.query!r} matches {forget.sum()} of {len(index)} volumes: {why}.')
     return index.assign(split=split)
 
 # %% ../../nbs/27_data.request.ipynb #6c4926ef
 def split_table(
-    splits: pd.DataFrame # from `split_volumes`
-) -> pd.DataFrame:       # one row for each part and organ: patients, volumes, slices
+    splits: pd.DataFrame,  # from `split_volumes`
+) -> pd.DataFrame:  # one row for each part and organ: patients, volumes, slices
     "How much there is in each part. Empty parts are listed too."
-    t = splits.groupby(['split', 'organ']).agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum')).reset_index()
-    empty = pd.DataFrame([dict(split=s, organ='', patients=0, volumes=0, slices=0) for s in SPLITS if s not in set(t.split)], columns=t.columns)
+    t = (
+        splits.groupby(['split', 'organ'])
+        .agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum'))
+        .reset_index()
+    )
+    empty = pd.DataFrame(
+        [dict(split=s, organ='', patients=0, volumes=0, slices=0) for s in SPLITS if s not in set(t.split)],
+        columns=t.columns,
+    )
     t = pd.concat([t, empty], ignore_index=True) if len(empty) else t
-    return t.sort_values(['split', 'organ'], key=lambda c: c.map(SPLITS.index) if c.name == 'split' else c, ignore_index=True)
+    return t.sort_values(
+        ['split', 'organ'], key=lambda c: c.map(SPLITS.index) if c.name == 'split' else c, ignore_index=True
+    )
 
 # %% ../../nbs/27_data.request.ipynb #bf6f9f51
 def retain_subset(
-    splits: pd.DataFrame, # from `split_volumes`
-    fraction: float,      # share of the volumes in `retain_train`, above 0 and at most 1
+    splits: pd.DataFrame,  # from `split_volumes`
+    fraction: float,  # share of the volumes in `retain_train`, above 0 and at most 1
     seed=0,
-) -> pd.DataFrame:        # its rows in `splits`, in their order
+) -> pd.DataFrame:  # its rows in `splits`, in their order
     """A share of the retained training volumes: at least one, a smaller one contained in a larger one of the same seed,
     pulse sequences in proportion as far as whole volumes allow. Raises `DataError` for an impossible fraction."""
     if isinstance(fraction, bool) or not 0 < fraction <= 1:
         raise DataError(f'the retain fraction must be above 0 and at most 1, found {fraction}. For 10 % say 0.1.')
     rows = splits[splits.split == 'retain_train']
-    if rows.empty: raise DataError('the splits hold no retain_train volume.')
-    if not rows.index.is_unique: raise DataError('the splits have rows with the same labels. Renew them with reset_index(drop=True).')
+    if rows.empty:
+        raise DataError('the splits hold no retain_train volume.')
+    if not rows.index.is_unique:
+        raise DataError('the splits have rows with the same labels. Renew them with reset_index(drop=True).')
     rng, place = np.random.default_rng(seed), {}
     for _, g in rows.sort_values(['folder', 'fname']).groupby(['organ', 'acquisition'], sort=True):
         for i, label in enumerate(rng.permutation(g.index.to_numpy())):
-            place[label] = ((i + .5)/len(g), rng.random())   # chance decides between equal places
-    first = sorted(place, key=place.get)[:max(1, round(fraction*len(rows)))]
+            place[label] = ((i + 0.5) / len(g), rng.random())  # chance decides between equal places
+    first = sorted(place, key=place.get)[: max(1, round(fraction * len(rows)))]
     return rows[rows.index.isin(first)]

@@ -24,146 +24,179 @@ from ..signal.masks import clip_mask, file_seed
 # %% ../../nbs/28_data.slices.ipynb #9855c947
 class Item(NamedTuple):
     "One slice as it comes from the file"
-    kspace: torch.Tensor    # complex64 [coils, rows, cols], fully sampled
-    mask: torch.Tensor      # bool [cols], True where a phase-encode line is kept
-    num_low: int            # fully sampled lines in the middle; 0: to be read off the mask
-    target: torch.Tensor    # float32 [h, w], the RSS image in the file's own units; NaN where the file has none
-    max_value: float        # largest value of the target volume (attribute `max`)
-    forget: bool            # does the slice belong to the forget set?
-    volume: int             # row of the volume in the table of the data set
-    slice_num: int          # number of the slice in its file
+
+    kspace: torch.Tensor  # complex64 [coils, rows, cols], fully sampled
+    mask: torch.Tensor  # bool [cols], True where a phase-encode line is kept
+    num_low: int  # fully sampled lines in the middle; 0: to be read off the mask
+    target: torch.Tensor  # float32 [h, w], the RSS image in the file's own units; NaN where the file has none
+    max_value: float  # largest value of the target volume (attribute `max`)
+    forget: bool  # does the slice belong to the forget set?
+    volume: int  # row of the volume in the table of the data set
+    slice_num: int  # number of the slice in its file
 
 # %% ../../nbs/28_data.slices.ipynb #e001ef77
 def must_have_targets(
-    volumes: pd.DataFrame, # rows of `index_volumes`
+    volumes: pd.DataFrame,  # rows of `index_volumes`
 ):
     "Raise `DataError` for the first volume that cannot be trained on"
     bad = volumes[~volumes.has_target.astype(bool) | ~np.isfinite(volumes['max'].astype(float))]
-    if len(bad): raise DataError(f"{bad.path.iloc[0]}: has no target image (reconstruction_rss) or no attribute 'max', so it cannot be "
-                                 f'trained on ({len(bad)} of {len(volumes)} volumes); leave such volumes out')
+    if len(bad):
+        raise DataError(
+            f"{bad.path.iloc[0]}: has no target image (reconstruction_rss) or no attribute 'max', so it cannot be "
+            f'trained on ({len(bad)} of {len(volumes)} volumes); leave such volumes out'
+        )
 
 # %% ../../nbs/28_data.slices.ipynb #db990df7
 INPUTS = 'image', 'kspace'
 
+
 class SliceDataset:
     "Slices of the volumes in a table, read from HDF5 one at a time"
-    def __init__(self,
-        volumes: pd.DataFrame,    # rows of `index_volumes`; column `split`, if there, says what is to be forgotten
-        mask,                     # f(width, seed) -> (bool tensor [width], num_low_frequencies), see `mask_func`
-        train: bool=False,        # draw new masks in every epoch; otherwise one fixed mask a file
-        seed: int=0,              # of the training masks
-        input: str='image',       # what the network takes: 'image' (zero-filled) or 'kspace' (masked, all coils)
+
+    def __init__(
+        self,
+        volumes: pd.DataFrame,  # rows of `index_volumes`; column `split`, if there, says what is to be forgotten
+        mask,  # f(width, seed) -> (bool tensor [width], num_low_frequencies), see `mask_func`
+        train: bool = False,  # draw new masks in every epoch; otherwise one fixed mask a file
+        seed: int = 0,  # of the training masks
+        input: str = 'image',  # what the network takes: 'image' (zero-filled) or 'kspace' (masked, all coils)
     ):
-        if not len(volumes): raise DataError('no volumes to make a data set of: the table is empty; check the split or the query')
-        if input not in INPUTS: raise ValueError(f'unknown input {input!r}: expected one of {INPUTS}')
-        if train: must_have_targets(volumes)
-        self.volumes, self.mask, self.train, self.seed, self.epoch = volumes.reset_index(drop=True), mask, train, seed, 0
+        if not len(volumes):
+            raise DataError('no volumes to make a data set of: the table is empty; check the split or the query')
+        if input not in INPUTS:
+            raise ValueError(f'unknown input {input!r}: expected one of {INPUTS}')
+        if train:
+            must_have_targets(volumes)
+        self.volumes, self.mask, self.train, self.seed, self.epoch = (
+            volumes.reset_index(drop=True),
+            mask,
+            train,
+            seed,
+            0,
+        )
         self.input, self.n_inp = input, 1 if input == 'image' else 3
         self.items = [(v, s) for v, n in enumerate(self.volumes.slices) for s in range(int(n))]
         split = self.volumes['split'] if 'split' in self.volumes else pd.Series('', index=self.volumes.index)
         self.forget = split.astype(str).str.startswith('forget').tolist()
-        self.rows = self.volumes.to_dict('records')     # a row of a DataFrame is slow to look up
-    def __len__(self): return len(self.items)
+        self.rows = self.volumes.to_dict('records')  # a row of a DataFrame is slow to look up
+
+    def __len__(self):
+        return len(self.items)
+
     def new_empty(self):
         "The same without volumes, which is what fastai keeps when a Learner is exported"
         new = copy(self)
         new.volumes, new.items, new.forget, new.rows = self.volumes[:0], [], [], []
         return new
+
     def shape(self, i):
         "What slices must share to stand in one batch: the size of the image, for k-space also coils and matrix"
         row = self.rows[self.items[i][0]]
         size = crop_size((int(row['recon_rows']), int(row['recon_cols'])), int(row['cols']))
         return size if self.input == 'image' else (int(row['coils']), int(row['rows']), int(row['cols']), *size)
+
     def draw(self, v, s, width):
         "Mask and number of low frequencies of slice `s` of volume `v`; where volume and measured sides are left out for k-space"
         row, name = self.rows[v], file_seed(self.rows[v]['fname'])
         mask, low = self.mask(width, seed=(self.seed, self.epoch, s, *name) if self.train else name)
         return self.clip(row, mask), low
+
     def clip(self, row, mask):
         "For k-space: without the sides that were never measured, as fastMRI's VarNet transform"
         return clip_mask(mask, (row['padding_left'], row['padding_right'])) if self.input == 'kspace' else mask
+
     def __getitem__(self, i):
         v, s = self.items[i]
         row, (kspace, target, own) = self.rows[v], read_item(self.rows[v]['path'], s)
         mask, low = self.draw(v, s, kspace.shape[-1]) if own is None else (self.clip(row, own), 0)
-        if target is None: target = torch.full((int(row['recon_rows']), int(row['recon_cols'])), float('nan'))
+        if target is None:
+            target = torch.full((int(row['recon_rows']), int(row['recon_cols'])), float('nan'))
         return Item(kspace, mask, low, target, float(row['max']), self.forget[v], v, s)
 
 # %% ../../nbs/28_data.slices.ipynb #8927833c
 def normalise(
-    image: torch.Tensor, # float [B, h, w]
-    eps: float=1e-7,     # relative to the largest absolute value of each image
-): # (normalised [B, h, w] clamped to ±6, mean [B], std [B]); `normalised * std + mean` is the image again, but for the clamp
+    image: torch.Tensor,  # float [B, h, w]
+    eps: float = 1e-7,  # relative to the largest absolute value of each image
+):  # (normalised [B, h, w] clamped to ±6, mean [B], std [B]); `normalised * std + mean` is the image again, but for the clamp
     "fastMRI's per-slice normalisation (unbiased standard deviation), free of units"
     mean, std = image.mean((-2, -1)), image.std((-2, -1))
-    std = std + eps*image.abs().amax((-2, -1)) + torch.finfo(image.dtype).tiny
-    return ((image - mean[:, None, None])/std[:, None, None]).clamp(-6, 6), mean, std
+    std = std + eps * image.abs().amax((-2, -1)) + torch.finfo(image.dtype).tiny
+    return ((image - mean[:, None, None]) / std[:, None, None]).clamp(-6, 6), mean, std
 
 # %% ../../nbs/28_data.slices.ipynb #0fb6a3fa
 def _centred(x, n, dim):
     "The middle `n` of axis `dim` of an inverse FFT that was not shifted: shift and crop in one copy"
     N = x.shape[dim]
-    first = ((N - n)//2 - N//2) % N              # where the crop starts in the unshifted order
-    k = min(n, N - first)                        # up to the end, the rest from the beginning
+    first = ((N - n) // 2 - N // 2) % N  # where the crop starts in the unshifted order
+    k = min(n, N - first)  # up to the end, the rest from the beginning
     return torch.cat((x.narrow(dim, first, k), x.narrow(dim, 0, n - k)), dim)
 
 # %% ../../nbs/28_data.slices.ipynb #0c32a8a9
 def columns_to_image(
-    columns: torch.Tensor, # complex [coils, H, n], the columns of k-space that were kept, `kspace[..., mask]`
-    mask: torch.Tensor,    # bool [W], True n times
-    size: tuple,           # (rows, cols) of the target; wider than the k-space: a square of its width
-): # float [rows, cols]
+    columns: torch.Tensor,  # complex [coils, H, n], the columns of k-space that were kept, `kspace[..., mask]`
+    mask: torch.Tensor,  # bool [W], True n times
+    size: tuple,  # (rows, cols) of the target; wider than the k-space: a square of its width
+):  # float [rows, cols]
     "Inverse FFT, centre crop, RSS"
     W, (h, w) = len(mask), crop_size(size, len(mask))
-    if h > columns.shape[-2]: raise DataError(f'an image of {h} rows cannot be cropped from k-space of {columns.shape[-2]} rows')
-    at, step = mask.nonzero()[:, 0], 1 if columns.device.type == 'cpu' else len(columns)   # a processor: coil by coil
-    x, power = columns.new_zeros((step, h, W)), columns.real.new_zeros((h, 2*W))
+    if h > columns.shape[-2]:
+        raise DataError(f'an image of {h} rows cannot be cropped from k-space of {columns.shape[-2]} rows')
+    at, step = mask.nonzero()[:, 0], 1 if columns.device.type == 'cpu' else len(columns)  # a processor: coil by coil
+    x, power = columns.new_zeros((step, h, W)), columns.real.new_zeros((h, 2 * W))
     for c in columns.split(step):
         x.index_copy_(-1, at, _centred(torch.fft.ifft(c, dim=-2, norm='ortho'), h, -2))
-        for p in torch.view_as_real(torch.fft.ifft(x, norm='ortho')).flatten(2): power.addcmul_(p, p)
+        for p in torch.view_as_real(torch.fft.ifft(x, norm='ortho')).flatten(2):
+            power.addcmul_(p, p)
     return _centred(power.unflatten(1, (W, 2)).sum(-1).sqrt_(), w, -1)
 
+
 def zero_filled(
-    kspace: torch.Tensor, # complex [coils, H, W]
-    mask: torch.Tensor,   # bool [W], True where a column is kept
-    size: tuple,          # (rows, cols) of the target
-): # float [rows, cols]
+    kspace: torch.Tensor,  # complex [coils, H, W]
+    mask: torch.Tensor,  # bool [W], True where a column is kept
+    size: tuple,  # (rows, cols) of the target
+):  # float [rows, cols]
     "Mask, inverse FFT, centre crop, RSS: the image that needs no network"
     return columns_to_image(kspace[..., mask], mask, size)
 
 # %% ../../nbs/28_data.slices.ipynb #cea94a5c
 class Targets(NamedTuple):
     "What a batch knows besides the network's input, in the order in which it travels"
-    target: torch.Tensor     # float [B, h, w], the file's own units
-    mean: torch.Tensor       # float [B], of the zero-filled image
-    std: torch.Tensor        # float [B]
+
+    target: torch.Tensor  # float [B, h, w], the file's own units
+    mean: torch.Tensor  # float [B], of the zero-filled image
+    std: torch.Tensor  # float [B]
     max_value: torch.Tensor  # float [B], largest value of the target volume
-    forget: torch.Tensor     # bool [B]
-    volume: torch.Tensor     # int [B]
+    forget: torch.Tensor  # bool [B]
+    volume: torch.Tensor  # int [B]
     slice_num: torch.Tensor  # int [B]
-    image: torch.Tensor      # float [B, h, w], the zero-filled image before the clamp, the file's own units
+    image: torch.Tensor  # float [B, h, w], the zero-filled image before the clamp, the file's own units
 
 # %% ../../nbs/28_data.slices.ipynb #e1bfdf84
-def sampled(item): # an `Item` whose k-space is [coils, rows, n], the columns that its mask keeps
+def sampled(item):  # an `Item` whose k-space is [coils, rows, n], the columns that its mask keeps
     "Leave out what nothing is to be seen of"
     return item._replace(kspace=item.kspace[..., item.mask])
 
-def as_image(item): # an `Item` whose `kspace` is the zero-filled image, float [h, w]
+
+def as_image(item):  # an `Item` whose `kspace` is the zero-filled image, float [h, w]
     "The item after all that a network for images wants of its k-space"
     return item._replace(kspace=zero_filled(item.kspace, item.mask, item.target.shape))
 
+
 def images_of(
-    kspaces: list, # from `sampled` or `as_image`
-    masks: list,   # of bool [W]
-    targets: list, # of float [h, w]: how large the image shall be
-): # float [B, h, w] zero-filled, float [B, h, w] targets
+    kspaces: list,  # from `sampled` or `as_image`
+    masks: list,  # of bool [W]
+    targets: list,  # of float [h, w]: how large the image shall be
+):  # float [B, h, w] zero-filled, float [B, h, w] targets
     "Zero-filled images of a batch and their targets, cropped to one size"
-    images = torch.stack([columns_to_image(k, m, t.shape) if k.is_complex() else k for k, m, t in zip(kspaces, masks, targets)])
+    images = torch.stack(
+        [columns_to_image(k, m, t.shape) if k.is_complex() else k for k, m, t in zip(kspaces, masks, targets)]
+    )
     return images, torch.stack([center_crop(t, images.shape[-2:]) for t in targets])
 
 # %% ../../nbs/28_data.slices.ipynb #a1fd4909
 class ReconTransform(ItemTransform):
     "Sampled columns of a batch -> (normalised zero-filled image [B, 1, h, w], *Targets); fastMRI's `UnetDataTransform`"
+
     def encodes(self, b):
         kspaces, masks, _, targets, *rest = b
         images, targets = images_of(kspaces, masks, targets)
@@ -173,11 +206,13 @@ class ReconTransform(ItemTransform):
 # %% ../../nbs/28_data.slices.ipynb #fd3a9538
 class KspaceTransform(ItemTransform):
     "Sampled columns of a batch -> (masked k-space [B, coils, H, W], mask [B, 1, 1, W], num_low [B], *Targets); fastMRI's `VarNetDataTransform`"
+
     def encodes(self, b):
         columns, masks, low, targets, *rest = b
         mask = torch.stack(list(masks))
         images, targets = images_of(columns, masks, targets)
         _, mean, std = normalise(images)
         kspace = columns[0].new_zeros((*mask.shape[:1], *columns[0].shape[:-1], mask.shape[-1]))
-        for k, c, m in zip(kspace, columns, mask): k[..., m] = c + 0.   # no zero keeps its sign
+        for k, c, m in zip(kspace, columns, mask):
+            k[..., m] = c + 0.0  # no zero keeps its sign
         return (kspace, mask[:, None, None], low, targets, mean, std, *rest, images)

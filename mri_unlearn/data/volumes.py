@@ -29,15 +29,19 @@ from ..machinery.disk import DataError, atomic_path
 
 # %% ../../nbs/20_data.volumes.ipynb #8aef2cd7
 def organ_of(
-    fname: str,          # file name
-    acquisition='',      # name of the pulse sequence
-    body_part='',        # what the header says
+    fname: str,  # file name
+    acquisition='',  # name of the pulse sequence
+    body_part='',  # what the header says
 ) -> str:
     "Organ by fastMRI's naming rule, else by the name of the acquisition, else by the header, else 'unknown'."
-    if fname.startswith('file_brain_'): return 'brain'
-    if re.match(r'file1\d+', fname): return 'knee'
-    if re.match(r'AX(T1|T2|FLAIR)', acquisition): return 'brain'
-    if acquisition.startswith('CORPD'): return 'knee'
+    if fname.startswith('file_brain_'):
+        return 'brain'
+    if re.match(r'file1\d+', fname):
+        return 'knee'
+    if re.match(r'AX(T1|T2|FLAIR)', acquisition):
+        return 'brain'
+    if acquisition.startswith('CORPD'):
+        return 'knee'
     return body_part.strip().lower() or 'unknown'
 
 # %% ../../nbs/20_data.volumes.ipynb #0a72edcc
@@ -46,62 +50,102 @@ def _image_size(meta, path):
     (n, H, W), target = (meta.kspace[0], *meta.kspace[-2:]), meta.target
     asked = target[1:] if target else meta.header.recon[:2]
     rows, cols = crop_size(asked, W)
-    if target is None: rows = min(rows, H)
-    elif target[0] != n: raise DataError(f'{path}: holds {target[0]} slices of the target, but {n} of k-space. Copy the file again, or leave it out.')
+    if target is None:
+        rows = min(rows, H)
+    elif target[0] != n:
+        raise DataError(
+            f'{path}: holds {target[0]} slices of the target, but {n} of k-space. Copy the file again, or leave it out.'
+        )
     if not 0 < rows <= min(H, asked[0] if target else H) or cols < 1:
-        raise DataError(f'{path}: an image of {asked[0]} × {asked[1]} cannot be made from k-space of {H} × {W}. Repair the file, or leave it out.')
+        raise DataError(
+            f'{path}: an image of {asked[0]} × {asked[1]} cannot be made from k-space of {H} × {W}. Repair the file, or leave it out.'
+        )
     return rows, cols
 
 # %% ../../nbs/20_data.volumes.ipynb #54d3c28a
-COLUMNS = ('path folder fname organ acquisition patient_id slices coils rows cols recon_rows recon_cols max has_target site field_T '
-           'simulated padding_left padding_right has_mask source').split()
+COLUMNS = (
+    'path folder fname organ acquisition patient_id slices coils rows cols recon_rows recon_cols max has_target site field_T '
+    'simulated padding_left padding_right has_mask source'
+).split()
+
 
 def _number(v):
     "`v` as a float, NaN for what is none."
-    try: return float(v)
-    except (TypeError, ValueError): return float('nan')
+    try:
+        return float(v)
+    except (TypeError, ValueError):
+        return float('nan')
+
 
 def _scan(path):
     "Values of COLUMNS[2:] for one file, read from shapes, attributes and header."
     fname, m = os.path.basename(path), read_meta(path)
-    h, shape, acquisition, patient = m.header, m.kspace, *(str(m.attrs.get(k, '')) for k in ('acquisition', 'patient_id'))
+    h, shape, acquisition, patient = (
+        m.header,
+        m.kspace,
+        *(str(m.attrs.get(k, '')) for k in ('acquisition', 'patient_id')),
+    )
     organ = organ_of(fname, acquisition)
     if not acquisition or not patient or organ == 'unknown':
         full = read_header(path)
         acquisition, patient = acquisition or full.protocol or 'unknown', patient or full.patient_id
         organ = organ_of(fname, acquisition, full.body_part)
-    if not patient:   # there is no third place, and guessing would let splits leak
-        raise DataError(f'{path}: does not say whose it is (attribute patient_id), so no split could keep patients apart. Add the attribute.')
-    return [fname, organ, acquisition, patient, shape[0], shape[1] if len(shape) == 4 else 1, *shape[-2:], *_image_size(m, path),
-            _number(m.attrs.get('max')), m.target is not None, h.site or h.model or 'unknown', h.field_T, m.simulated,
-            *padding_in(h, shape[-1]), m.has_mask, (h.source or 'anatomy') if m.simulated else 'measured']
+    if not patient:  # there is no third place, and guessing would let splits leak
+        raise DataError(
+            f'{path}: does not say whose it is (attribute patient_id), so no split could keep patients apart. Add the attribute.'
+        )
+    return [
+        fname,
+        organ,
+        acquisition,
+        patient,
+        shape[0],
+        shape[1] if len(shape) == 4 else 1,
+        *shape[-2:],
+        *_image_size(m, path),
+        _number(m.attrs.get('max')),
+        m.target is not None,
+        h.site or h.model or 'unknown',
+        h.field_T,
+        m.simulated,
+        *padding_in(h, shape[-1]),
+        m.has_mask,
+        (h.source or 'anatomy') if m.simulated else 'measured',
+    ]
 
 # %% ../../nbs/20_data.volumes.ipynb #17a08f4a
 class _Found(NamedTuple):
-    path: str     # as spelled by the user
-    root: str     # the folder below which it was found; '' for a file named by the user
-    rel: str      # path below `root`
-    stamp: list   # [size, mtime, ctime]; empty where there is none
+    path: str  # as spelled by the user
+    root: str  # the folder below which it was found; '' for a file named by the user
+    rel: str  # path below `root`
+    stamp: list  # [size, mtime, ctime]; empty where there is none
+
 
 def _stamp(entry):
-    try: s = entry.stat()
-    except OSError: return []
+    try:
+        s = entry.stat()
+    except OSError:
+        return []
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns]
+
 
 def _walk(root, rel, seen, found, unread):
     "Collect files {where it really is: _Found} and folders {path: reason} that cannot be read."
     folder = os.path.join(root, rel) if rel else root
     real = os.path.realpath(folder)
-    if real in seen: return   # a link that leads back
+    if real in seen:
+        return  # a link that leads back
     seen.add(real)
     try:
-        with os.scandir(folder) as it: entries = sorted((e for e in it if e.name[0] != '.'), key=lambda e: (e.is_symlink(), e.name))
+        with os.scandir(folder) as it:
+            entries = sorted((e for e in it if e.name[0] != '.'), key=lambda e: (e.is_symlink(), e.name))
     except OSError as e:
         unread[folder] = f'{folder}: the folder cannot be read ({e.strerror}).'
         return
     for e in entries:
         below = os.path.join(rel, e.name)
-        if os.path.isdir(e.path) if e.is_symlink() else e.is_dir(): _walk(root, below, seen, found, unread)
+        if os.path.isdir(e.path) if e.is_symlink() else e.is_dir():
+            _walk(root, below, seen, found, unread)
         elif e.name.endswith('.h5'):
             at = os.path.realpath(e.path) if e.is_symlink() else os.path.join(real, e.name)
             found.setdefault(at, _Found(below if root == '.' else os.path.join(root, below), root, below, _stamp(e)))
@@ -111,52 +155,77 @@ def _volume_files(roots):
     "All `*.h5` files under `roots`, each once, in order of their paths, and the folders that cannot be read."
     found, unread = {}, {}
     for root in map(Path, roots):
-        if not os.path.exists(root): raise DataError(f'{root}: no such folder. Expected a folder of fastMRI files (*.h5), possibly in subfolders.')
+        if not os.path.exists(root):
+            raise DataError(
+                f'{root}: no such folder. Expected a folder of fastMRI files (*.h5), possibly in subfolders.'
+            )
         here = {}
-        if os.path.isdir(root): _walk(str(root), '', set(), here, unread)
-        else: here[os.path.realpath(root)] = _Found(str(root), '', root.name, [])
+        if os.path.isdir(root):
+            _walk(str(root), '', set(), here, unread)
+        else:
+            here[os.path.realpath(root)] = _Found(str(root), '', root.name, [])
         if not here:
-            raise DataError(next(iter(unread.values()), f'{root}: holds no *.h5 file, also not in its subfolders. Expected a folder of fastMRI files.'))
-        found = here | found   # the first way to reach a file counts
+            raise DataError(
+                next(
+                    iter(unread.values()),
+                    f'{root}: holds no *.h5 file, also not in its subfolders. Expected a folder of fastMRI files.',
+                )
+            )
+        found = here | found  # the first way to reach a file counts
     return sorted(found.values(), key=lambda f: f.path.split(os.sep)), unread
 
 # %% ../../nbs/20_data.volumes.ipynb #1dd7b52e
 def cache_folder() -> Path:
     "Where tables are kept: `MRI_UNLEARN_CACHE`, else `XDG_CACHE_HOME`, else the usual place of the system."
     own, xdg = os.environ.get('MRI_UNLEARN_CACHE'), os.environ.get('XDG_CACHE_HOME', '')
-    if own: return Path(own).expanduser()
-    if os.path.isabs(xdg): return Path(xdg)/'mri_unlearn'   # its standard says that a relative path does not count
-    if sys.platform == 'darwin': return Path.home()/'Library'/'Caches'/'mri_unlearn'
-    if os.name == 'nt': return Path(os.environ.get('LOCALAPPDATA') or Path.home()/'AppData'/'Local')/'mri_unlearn'/'Cache'
-    return Path.home()/'.cache'/'mri_unlearn'
+    if own:
+        return Path(own).expanduser()
+    if os.path.isabs(xdg):
+        return Path(xdg) / 'mri_unlearn'  # its standard says that a relative path does not count
+    if sys.platform == 'darwin':
+        return Path.home() / 'Library' / 'Caches' / 'mri_unlearn'
+    if os.name == 'nt':
+        return Path(os.environ.get('LOCALAPPDATA') or Path.home() / 'AppData' / 'Local') / 'mri_unlearn' / 'Cache'
+    return Path.home() / '.cache' / 'mri_unlearn'
 
 # %% ../../nbs/20_data.volumes.ipynb #acc71c00
 @lru_cache(None)
 def _code_key():
     "What a row depends on besides its file: the code of this module and of the one that reads files."
     here, code = Path(mri_unlearn.__file__).parent, [mri_unlearn.__version__, *COLUMNS]
-    try: code += [(here/f'{m}.py').read_text(encoding='utf-8') for m in ('data/header', 'data/files', 'data/volumes')]
-    except OSError: pass   # an installation without sources: the version must do
+    try:
+        code += [(here / f'{m}.py').read_text(encoding='utf-8') for m in ('data/header', 'data/files', 'data/volumes')]
+    except OSError:
+        pass  # an installation without sources: the version must do
     return hashlib.sha256('\n'.join(code).encode()).hexdigest()[:20]
 
-def _first_line(body): return f'mri_unlearn index {_code_key()} {zlib.crc32(body):08x}'.encode()
+
+def _first_line(body):
+    return f'mri_unlearn index {_code_key()} {zlib.crc32(body):08x}'.encode()
+
 
 def _settled(stamp, now):
     "Are the time stamps so old that a change from now on must show in them? Some disks count in steps of two seconds."
     return all(abs(now - t) > (2_500_000_000 if t % 1_000_000_000 == 0 else 100_000_000) for t in stamp[1:])
 
 # %% ../../nbs/20_data.volumes.ipynb #3a48c596
-def _cache_file(root): return cache_folder()/f'index-{hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:20]}.json'
+def _cache_file(root):
+    return cache_folder() / f'index-{hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:20]}.json'
+
 
 def _load_rows(root):
     "The kept rows {path below `root`: [stamp, values]}; none where the cache is missing, damaged or of other code."
     try:
         file = _cache_file(root)
         first, _, body = file.read_bytes().partition(b'\n')
-        if first != _first_line(body): return {}
-        if time.time() - file.stat().st_mtime > 86_400: os.utime(file)   # still in use
+        if first != _first_line(body):
+            return {}
+        if time.time() - file.stat().st_mtime > 86_400:
+            os.utime(file)  # still in use
         return json.loads(body)
-    except (OSError, RuntimeError, ValueError): return {}
+    except (OSError, RuntimeError, ValueError):
+        return {}
+
 
 def _save_rows(root, rows):
     "Keep `rows`, and remove the tables that were not used for 30 days."
@@ -167,53 +236,81 @@ def _save_rows(root, rows):
             tmp.touch(mode=0o600)
             tmp.write_bytes(_first_line(body) + b'\n' + body)
         for old in file.parent.glob('index-*.json'):
-            if time.time() - old.stat().st_mtime > 30*86_400: old.unlink()
-    except (OSError, RuntimeError, DataError): pass
+            if time.time() - old.stat().st_mtime > 30 * 86_400:
+                old.unlink()
+    except (OSError, RuntimeError, DataError):
+        pass
 
 # %% ../../nbs/20_data.volumes.ipynb #5cf27d1b
 def _rows(files, strict, cache, progress):
     "Values of COLUMNS[2:] of each file, and why files were left out {path: reason}."
     roots = {f.root for f in files if f.root} if cache else set()
     kept, here, rows, skipped = {r: _load_rows(r) for r in roots}, {(f.root, f.rel) for f in files}, {}, {}
-    new = {r: {k: v for k, v in kept[r].items() if (r, k) not in here and os.path.exists(os.path.join(r, k))} for r in roots}   # reached by another way
+    new = {
+        r: {k: v for k, v in kept[r].items() if (r, k) not in here and os.path.exists(os.path.join(r, k))}
+        for r in roots
+    }  # reached by another way
     for f in files:
         old = kept.get(f.root, {}).get(f.rel)
-        if old and old[0] == f.stamp: rows[f.path] = old[1]; new[f.root][f.rel] = old
+        if old and old[0] == f.stamp:
+            rows[f.path] = old[1]
+            new[f.root][f.rel] = old
     todo = [f for f in files if f.path not in rows]
-    for f in tqdm(todo, 'index', unit='file', delay=0 if progress else 2, leave=False, disable=progress is False or not todo):
+    for f in tqdm(
+        todo, 'index', unit='file', delay=0 if progress else 2, leave=False, disable=progress is False or not todo
+    ):
         now = time.time_ns()
-        try: rows[f.path] = _scan(f.path)
+        try:
+            rows[f.path] = _scan(f.path)
         except DataError as e:
-            if strict: raise
+            if strict:
+                raise
             skipped[f.path] = str(e)
             continue
-        if f.root in roots and f.stamp and _settled(f.stamp, now): new[f.root][f.rel] = [f.stamp, rows[f.path]]
+        if f.root in roots and f.stamp and _settled(f.stamp, now):
+            new[f.root][f.rel] = [f.stamp, rows[f.path]]
     for r in roots:
-        if new[r] != kept[r]: _save_rows(r, new[r])
+        if new[r] != kept[r]:
+            _save_rows(r, new[r])
     return rows, skipped
 
 # %% ../../nbs/20_data.volumes.ipynb #63eefb71
 def index_volumes(
-    root,           # folder, file, or a list of them; searched with all subfolders
-    strict=False,   # a file that cannot be used: True an error; False left out with a warning
-    organ=None,     # what a volume shows that does not say so itself
-    cache=True,     # keep rows of unchanged files for the next time, see `cache_folder`
+    root,  # folder, file, or a list of them; searched with all subfolders
+    strict=False,  # a file that cannot be used: True an error; False left out with a warning
+    organ=None,  # what a volume shows that does not say so itself
+    cache=True,  # keep rows of unchanged files for the next time, see `cache_folder`
     progress=None,  # bar on stderr: True, False, or None: only when it takes longer than two seconds
-) -> pd.DataFrame: # one row a volume, ordered by path; `.attrs['skipped']`: list of (path, reason) of the files left out
+) -> (
+    pd.DataFrame
+):  # one row a volume, ordered by path; `.attrs['skipped']`: list of (path, reason) of the files left out
     "Index fastMRI files by their headers alone. Raises `DataError` for missing or empty folders, and where no file can be used."
     files, unread = _volume_files([root] if isinstance(root, (str, os.PathLike)) else root)
-    if strict and unread: raise DataError(next(iter(unread.values())))
+    if strict and unread:
+        raise DataError(next(iter(unread.values())))
     rows, skipped = _rows(files, strict, cache, progress)
-    if not rows: raise DataError(f'none of {len(files)} files can be used; the first: {next(iter(skipped.values()), "no folder given")}')
+    if not rows:
+        raise DataError(
+            f'none of {len(files)} files can be used; the first: {next(iter(skipped.values()), "no folder given")}'
+        )
     folder = {d: os.path.basename(os.path.abspath(d)) for d in {os.path.dirname(p) for p in rows}}
     table = [[p, folder[os.path.dirname(p)], *rows[p]] for p in (f.path for f in files) if p in rows]
     index = pd.DataFrame(dict(zip(COLUMNS, map(list, zip(*table)))))
-    if organ: index.loc[index.organ == 'unknown', 'organ'] = organ.strip().lower()
+    if organ:
+        index.loc[index.organ == 'unknown', 'organ'] = organ.strip().lower()
     index.attrs['skipped'] = list((unread | skipped).items())
-    if skipped or unread: warnings.warn(_left_out(len(files), skipped, unread), stacklevel=2)
+    if skipped or unread:
+        warnings.warn(_left_out(len(files), skipped, unread), stacklevel=2)
     return index
+
 
 def _left_out(n, skipped, unread):
     folders = f', and {len(unread)} folders could not be read' if unread else ''
-    return '\n- '.join([f'{len(skipped)} of {n} files were left out{folders}. They are in no split and in no score. Repair or remove them, '
-                        'or use strict=True to stop at the first:', *unread.values(), *skipped.values()])
+    return '\n- '.join(
+        [
+            f'{len(skipped)} of {n} files were left out{folders}. They are in no split and in no score. Repair or remove them, '
+            'or use strict=True to stop at the first:',
+            *unread.values(),
+            *skipped.values(),
+        ]
+    )

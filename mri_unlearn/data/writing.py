@@ -18,17 +18,17 @@ from ..signal.kspace import center_crop, ifft2c, rss
 
 # %% ../../nbs/18_data.writing.ipynb #6714f01e
 def crop_size(
-    recon: tuple, # (rows, cols, ...) of the image, as the header says
-    width: int    # W, columns of k-space
-) -> tuple:       # (rows, cols)
+    recon: tuple,  # (rows, cols, ...) of the image, as the header says
+    width: int,  # W, columns of k-space
+) -> tuple:  # (rows, cols)
     "Size of the image: `recon`, or (width, width) where `recon` is wider than the k-space (fastMRI's rule)."
     return (width, width) if width < recon[1] else tuple(recon[:2])
 
 # %% ../../nbs/18_data.writing.ipynb #2fcd438f
 def rss_target(
-    kspace,       # complex [slices, coils, H, W], numpy or torch
-    recon: tuple  # (rows, cols) of the image
-) -> torch.Tensor: # float32 [slices, rows, cols]
+    kspace,  # complex [slices, coils, H, W], numpy or torch
+    recon: tuple,  # (rows, cols) of the image
+) -> torch.Tensor:  # float32 [slices, rows, cols]
     "The image that belongs to fully sampled k-space: inverse FFT, crop, root of the sum of squares over the coils."
     size = crop_size(recon, kspace.shape[-1])
     return torch.stack([rss(center_crop(ifft2c(torch.as_tensor(k)), size), dim=-3).float() for k in kspace])
@@ -36,26 +36,45 @@ def rss_target(
 # %% ../../nbs/18_data.writing.ipynb #c3f6f941
 class _QuietFile:
     "A file for h5py whose writes always seem to succeed; the first error is kept in `error`."
-    def __init__(self, f): self.f, self.error = f, None
+
+    def __init__(self, f):
+        self.f, self.error = f, None
+
     def _try(self, act, default):
         if self.error is None:
-            try: return act()
-            except OSError as e: self.error = e
+            try:
+                return act()
+            except OSError as e:
+                self.error = e
         return default
-    def write(self, b): return self._try(lambda: self.f.write(b), len(b))
-    def read(self, n=-1): return self._try(lambda: self.f.read(n), b'')
-    def readinto(self, b): return self._try(lambda: self.f.readinto(b), len(b))
-    def seek(self, *a): return self._try(lambda: self.f.seek(*a), 0)
-    def tell(self): return self._try(self.f.tell, 0)
-    def truncate(self, size=None): return self._try(lambda: self.f.truncate(size), 0)
-    def flush(self): return self._try(self.f.flush, None)
+
+    def write(self, b):
+        return self._try(lambda: self.f.write(b), len(b))
+
+    def read(self, n=-1):
+        return self._try(lambda: self.f.read(n), b'')
+
+    def readinto(self, b):
+        return self._try(lambda: self.f.readinto(b), len(b))
+
+    def seek(self, *a):
+        return self._try(lambda: self.f.seek(*a), 0)
+
+    def tell(self):
+        return self._try(self.f.tell, 0)
+
+    def truncate(self, size=None):
+        return self._try(lambda: self.f.truncate(size), 0)
+
+    def flush(self):
+        return self._try(self.f.flush, None)
 
 # %% ../../nbs/18_data.writing.ipynb #15f318fc
 def write_arrays(
-    path,         # file to write, atomically
-    arrays: dict, # name -> array
-    attrs=None,   # of the file
-    xml=None      # ISMRMRD header
+    path,  # file to write, atomically
+    arrays: dict,  # name -> array
+    attrs=None,  # of the file
+    xml=None,  # ISMRMRD header
 ) -> Path:
     "An HDF5 file of arrays, chunked by slice and uncompressed, without time stamps, so that equal content is equal bytes. DataError: disk full."
     with atomic_path(path) as tmp, open(tmp, 'w+b') as raw:
@@ -63,9 +82,12 @@ def write_arrays(
         with h5py.File(quiet, 'w', libver='earliest') as f:
             for name, a in arrays.items():
                 f.create_dataset(name, data=a, chunks=(1, *a.shape[1:]) if a.ndim > 1 else None, track_times=False)
-            if xml is not None: f.create_dataset('ismrmrd_header', data=xml, track_times=False)
-            for k in sorted(attrs or {}): f.attrs[k] = attrs[k]
-        if quiet.error: raise quiet.error
+            if xml is not None:
+                f.create_dataset('ismrmrd_header', data=xml, track_times=False)
+            for k in sorted(attrs or {}):
+                f.attrs[k] = attrs[k]
+        if quiet.error:
+            raise quiet.error
     return Path(path)
 
 # %% ../../nbs/18_data.writing.ipynb #caeb94a6
@@ -73,50 +95,72 @@ def _check_kspace(kspace, header, path):
     "Raise `DataError` for an array that is not the k-space that `header` speaks of."
     if kspace.ndim not in (3, 4):
         raise DataError(f'{path}: k-space must be [slices, coils, H, W] or [slices, H, W], found shape {kspace.shape}.')
-    if kspace.size == 0: raise DataError(f'{path}: k-space is empty, shape {kspace.shape}.')
-    if not np.iscomplexobj(kspace): raise DataError(f'{path}: k-space must be complex, found {kspace.dtype}.')
+    if kspace.size == 0:
+        raise DataError(f'{path}: k-space is empty, shape {kspace.shape}.')
+    if not np.iscomplexobj(kspace):
+        raise DataError(f'{path}: k-space must be complex, found {kspace.dtype}.')
     if tuple(header.encoded[:2]) != kspace.shape[-2:]:
-        raise DataError(f'{path}: the header speaks of {tuple(header.encoded[:2])} k-space samples, the array holds {kspace.shape[-2:]}.')
+        raise DataError(
+            f'{path}: the header speaks of {tuple(header.encoded[:2])} k-space samples, the array holds {kspace.shape[-2:]}.'
+        )
 
 # %% ../../nbs/18_data.writing.ipynb #7f3ab231
 def _target_parts(kspace, header, target, path):
     "The target as datasets and attributes; `target` None computes it, False leaves it out."
-    if target is False: return {}, {}
-    if target is None: target = rss_target(kspace if kspace.ndim == 4 else kspace[:, None], header.recon[:2])
+    if target is False:
+        return {}, {}
+    if target is None:
+        target = rss_target(kspace if kspace.ndim == 4 else kspace[:, None], header.recon[:2])
     target = np.asarray(target, dtype=np.float32)
     if target.ndim != 3 or len(target) != len(kspace):
-        raise DataError(f'{path}: the target must be [slices, rows, cols] with {len(kspace)} slices, found shape {target.shape}.')
+        raise DataError(
+            f'{path}: the target must be [slices, rows, cols] with {len(kspace)} slices, found shape {target.shape}.'
+        )
     names = ('reconstruction_rss',) if kspace.ndim == 4 else ('reconstruction_esc', 'reconstruction_rss')
-    norm = np.sqrt(np.square(target, dtype=np.float64).sum())   # not linalg.norm, whose last bits depend on the number of threads
+    norm = np.sqrt(
+        np.square(target, dtype=np.float64).sum()
+    )  # not linalg.norm, whose last bits depend on the number of threads
     return {n: target for n in names}, dict(max=float(target.max()), norm=float(norm))
+
 
 def _mask_part(mask, kspace, path):
     "The mask as a dataset."
     mask = np.asarray(mask, dtype=bool)
-    if mask.shape != kspace.shape[-1:]: raise DataError(f'{path}: the mask must have {kspace.shape[-1]} entries, one a column, found shape {mask.shape}.')
+    if mask.shape != kspace.shape[-1:]:
+        raise DataError(
+            f'{path}: the mask must have {kspace.shape[-1]} entries, one a column, found shape {mask.shape}.'
+        )
     return dict(mask=mask)
 
 # %% ../../nbs/18_data.writing.ipynb #5e234766
 def write_volume(
-    path,              # file to write, atomically
-    kspace,            # complex [slices, coils, H, W], or [slices, H, W] for one coil; stored as complex64
-    *, header: Header,
+    path,  # file to write, atomically
+    kspace,  # complex [slices, coils, H, W], or [slices, H, W] for one coil; stored as complex64
+    *,
+    header: Header,
     acquisition: str,  # fastMRI's name of the pulse sequence, such as 'AXT2'
-    patient_id: str,   # the key of leak-free splits
-    target=None,       # float [slices, rows, cols]; None: from the k-space as stored; False: none, as in a test set
-    attrs: dict=None,  # more attributes
-    extras: dict=None, # more arrays, written under the group `extras`, which fastMRI does not look at
-    mask=None,         # bool [W], the columns that were measured, as test files have it; the k-space is stored as it is
+    patient_id: str,  # the key of leak-free splits
+    target=None,  # float [slices, rows, cols]; None: from the k-space as stored; False: none, as in a test set
+    attrs: dict = None,  # more attributes
+    extras: dict = None,  # more arrays, written under the group `extras`, which fastMRI does not look at
+    mask=None,  # bool [W], the columns that were measured, as test files have it; the k-space is stored as it is
 ) -> Path:
     """Write one fastMRI file with `max` and `norm` of its target and the flag `simulated` of its header.
 
     The same input gives the same bytes. Raises `DataError` for arrays that do not fit and for a disk that is full."""
     path, kspace = Path(path), np.ascontiguousarray(kspace)
     _check_kspace(kspace, header, path)
-    kspace = kspace.astype(np.complex64, copy=False)   # before the target, which belongs to what is stored
+    kspace = kspace.astype(np.complex64, copy=False)  # before the target, which belongs to what is stored
     targets, scale = _target_parts(kspace, header, target, path)
-    if mask is not None: targets = targets | _mask_part(mask, kspace, path)
+    if mask is not None:
+        targets = targets | _mask_part(mask, kspace, path)
     arrays = {'kspace': kspace, **targets, **{f'extras/{k}': np.asarray(v) for k, v in (extras or {}).items()}}
-    attrs = {'acquisition': acquisition, 'patient_id': patient_id, **scale, **(attrs or {}), 'simulated': header.simulated}
+    attrs = {
+        'acquisition': acquisition,
+        'patient_id': patient_id,
+        **scale,
+        **(attrs or {}),
+        'simulated': header.simulated,
+    }
     write_arrays(path, arrays, attrs, header.to_xml())
     return path

@@ -11,7 +11,17 @@ from math import ceil
 from pathlib import Path
 
 from ..data.request import retain_subset
-from .networks import kept_bytes, loader, plan, precise, run_method, score_network, seed_of, train_network, write_images
+from mri_unlearn.experiment.networks import (
+    kept_bytes,
+    loader,
+    plan,
+    precise,
+    run_method,
+    score_network,
+    seed_of,
+    train_network,
+    write_images,
+)
 from .runs import Run, scored_volumes
 from ..machinery.workers import SCORE_COST
 from ..network.weights import load_network
@@ -22,70 +32,134 @@ from ..verdict.names import forget_side, job_name, key
 # %% ../../nbs/78_experiment.arms.ipynb #2ba9af61
 def trained(s):
     "Networks that an arm trains: name of the stage -> what names it in tables"
-    return {'original': key('original'), **{f'oracle_s{i}': key('oracle', seed=i) for i in range(s.oracle_seeds)}, 'forget_only': key('forget_only')}
+    return {
+        'original': key('original'),
+        **{f'oracle_s{i}': key('oracle', seed=i) for i in range(s.oracle_seeds)},
+        'forget_only': key('forget_only'),
+    }
 
-def unlearned(s): return {job_name(m, f, i): key('unlearned', m, i, f) for m, f, i in plan(s)}
+
+def unlearned(s):
+    return {job_name(m, f, i): key('unlearned', m, i, f) for m, f, i in plan(s)}
+
 
 def round_slices(s, method, fraction, splits):
     "Slices that a method sees in a round: the budget, or one pass over what it may use"
-    if s.steps: return s.steps*s.unlearn_bs
+    if s.steps:
+        return s.steps * s.unlearn_bs
     n, m = splits.groupby('split').slices.sum(), METHODS[method]
     retain = retain_subset(splits, fraction, s.seed).slices.sum() if m.data != 'forget' else 0
-    return s.unlearn_bs*ceil((retain + (n['forget_train'] if m.data != 'retain' else 0))/s.unlearn_bs)
+    return s.unlearn_bs * ceil((retain + (n['forget_train'] if m.data != 'retain' else 0)) / s.unlearn_bs)
+
 
 def jobs_of(s, splits, forget_only=True):
     "What is to be trained: name -> (slices, volumes); a job of unlearning counts its rounds"
     n, v = (getattr(splits.groupby('split').slices, f)() for f in ('sum', 'count'))
     both, jobs = ('retain_train', 'forget_train'), {}
-    jobs['original'] = s.epochs*n.reindex(both).sum(), v.reindex(both).sum()
-    for i in range(s.oracle_seeds): jobs[f'oracle_s{i}'] = s.epochs*n['retain_train'], v['retain_train']
-    if forget_only: jobs['forget_only'] = s.epochs*n['forget_train'], v['forget_train']
+    jobs['original'] = s.epochs * n.reindex(both).sum(), v.reindex(both).sum()
+    for i in range(s.oracle_seeds):
+        jobs[f'oracle_s{i}'] = s.epochs * n['retain_train'], v['retain_train']
+    if forget_only:
+        jobs['forget_only'] = s.epochs * n['forget_train'], v['forget_train']
     for m, f, i in plan(s):
-        used = (len(retain_subset(splits, f, seed_of(s, i))) if METHODS[m].data != 'forget' else 0) + (v['forget_train'] if METHODS[m].data != 'retain' else 0)
-        jobs[job_name(m, f, i)] = s.rounds*round_slices(s, m, f, splits), used
+        used = (len(retain_subset(splits, f, seed_of(s, i))) if METHODS[m].data != 'forget' else 0) + (
+            v['forget_train'] if METHODS[m].data != 'retain' else 0
+        )
+        jobs[job_name(m, f, i)] = s.rounds * round_slices(s, m, f, splits), used
     return {k: (int(slices), int(volumes)) for k, (slices, volumes) in jobs.items()}
 
 # %% ../../nbs/78_experiment.arms.ipynb #a1388ef1
 class Arm:
     "Networks that are trained, made to forget and scored on one data set"
+
     title, traced, seen = '', True, {}
-    def __init__(self, out, s, splits): self.out, self.s, self.splits, self.run = Path(out), s, splits, Run(out)
-    def __getstate__(self): return dict(out=self.out, s=self.s, splits=self.splits, run=self.run)    # for a worker: no loaders
-    def __setstate__(self, state): self.__dict__ = Arm.seen.setdefault(str(state['out']), state)     # in a worker: one set of loaders for all its tasks
+
+    def __init__(self, out, s, splits):
+        self.out, self.s, self.splits, self.run = Path(out), s, splits, Run(out)
+
+    def __getstate__(self):
+        return dict(out=self.out, s=self.s, splits=self.splits, run=self.run)  # for a worker: no loaders
+
+    def __setstate__(self, state):
+        self.__dict__ = Arm.seen.setdefault(
+            str(state['out']), state
+        )  # in a worker: one set of loaders for all its tasks
+
     @cached_property
-    def scored(self): return scored_volumes(self.splits)
+    def scored(self):
+        return scored_volumes(self.splits)
+
     @cached_property
-    def tests(self): return self.scored[self.scored.split.isin(['retain_test', forget_side(self.scored)])]
-    def keeper(self, rows): return loader(self.s, rows, 4*self.s.bs, keep=kept_bytes(self.s, self.scored) < 2**29)
+    def tests(self):
+        return self.scored[self.scored.split.isin(['retain_test', forget_side(self.scored)])]
+
+    def keeper(self, rows):
+        return loader(self.s, rows, 4 * self.s.bs, keep=kept_bytes(self.s, self.scored) < 2**29)
+
     @cached_property
-    def dl(self): return self.keeper(self.scored)
+    def dl(self):
+        return self.keeper(self.scored)
+
     @cached_property
-    def test_dl(self): return self.keeper(self.tests)
-    def network(self, name): return precise(load_network(self.run.model(name)), self.s)
-    def job(self, stage, work, f, *args): return [] if self.run.done(stage) else [(work, f, *args)]
+    def test_dl(self):
+        return self.keeper(self.tests)
+
+    def network(self, name):
+        return precise(load_network(self.run.model(name)), self.s)
+
+    def job(self, stage, work, f, *args):
+        return [] if self.run.done(stage) else [(work, f, *args)]
 
     def train(self, name, progress):
         "The Original, an Oracle, or the network of the forget set alone"
         kind, i = name.split('_s')[0], int(name.partition('_s')[2] or 0)
-        rows = self.splits[self.splits.split.isin({'oracle': ['retain_train'], 'forget_only': ['forget_train']}.get(kind, ['retain_train', 'forget_train']))]
-        title = {'original': 'train Original', 'oracle': f'train Oracle, seed {i}'}.get(kind, 'train on the forget set alone')
-        seed = {'original': 0, 'oracle': 1000*(i + 1)}.get(kind, 500) + self.s.seed
+        rows = self.splits[
+            self.splits.split.isin(
+                {'oracle': ['retain_train'], 'forget_only': ['forget_train']}.get(
+                    kind, ['retain_train', 'forget_train']
+                )
+            )
+        ]
+        title = {'original': 'train Original', 'oracle': f'train Oracle, seed {i}'}.get(
+            kind, 'train on the forget set alone'
+        )
+        seed = {'original': 0, 'oracle': 1000 * (i + 1)}.get(kind, 500) + self.s.seed
         train_network(self.run, self.s, name, self.title + title, rows, seed, progress)
+
     def unlearn(self, method, fraction, seed, progress):
-        run_method(self.run, self.s, method, fraction, seed, self.splits, self.test_dl if self.traced else None, progress)
-    def images(self, i, progress): write_images(self.run, self.network(f'oracle_s{i}'), i, self.test_dl, progress)
+        run_method(
+            self.run, self.s, method, fraction, seed, self.splits, self.test_dl if self.traced else None, progress
+        )
+
+    def images(self, i, progress):
+        write_images(self.run, self.network(f'oracle_s{i}'), i, self.test_dl, progress)
+
     def score(self, name, keys, progress):
         model = {'zero_filled': lambda n: None, 'noise': lambda n: NoiseNet(self.s.seed)}.get(name, self.network)(name)
         score_network(self.run, name, model, self.dl, keys, set(self.tests.fname), self.s.oracle_seeds, progress)
+
     @property
-    def networks(self): return {**trained(self.s), **unlearned(self.s), 'zero_filled': key('zero_filled'), 'noise': key('control', 'noise')}
+    def networks(self):
+        return {
+            **trained(self.s),
+            **unlearned(self.s),
+            'zero_filled': key('zero_filled'),
+            'noise': key('control', 'noise'),
+        }
 
     def levels(self):
         "What is still to be done: lists of (work in slices, function, arguments)"
-        s, jobs, looks = self.s, jobs_of(self.s, self.splits), SCORE_COST*int(self.scored.slices.sum())
-        tests = SCORE_COST*int(self.tests.slices.sum())
-        return [sum(level, []) for level in (
-            [self.job(n, jobs[n][0], self.train, n) for n in trained(s)],
-            [self.job(job_name(*j), jobs[job_name(*j)][0] + (s.rounds - 1)*tests, self.unlearn, *j) for j in plan(s)],
-            [self.job(f'images_oracle_s{i}', tests, self.images, i) for i in range(s.oracle_seeds)],
-            [self.job(f'score_{n}', looks, self.score, n, k) for n, k in self.networks.items()])]
+        s, jobs, looks = self.s, jobs_of(self.s, self.splits), SCORE_COST * int(self.scored.slices.sum())
+        tests = SCORE_COST * int(self.tests.slices.sum())
+        return [
+            sum(level, [])
+            for level in (
+                [self.job(n, jobs[n][0], self.train, n) for n in trained(s)],
+                [
+                    self.job(job_name(*j), jobs[job_name(*j)][0] + (s.rounds - 1) * tests, self.unlearn, *j)
+                    for j in plan(s)
+                ],
+                [self.job(f'images_oracle_s{i}', tests, self.images, i) for i in range(s.oracle_seeds)],
+                [self.job(f'score_{n}', looks, self.score, n, k) for n, k in self.networks.items()],
+            )
+        ]

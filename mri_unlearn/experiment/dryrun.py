@@ -34,119 +34,217 @@ from ..verdict.names import forget_side
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #96229e1d
 def planned_index(
-    preset: str, # of `simulate_dataset`
-    folder,      # for one small file of each organ
-    seed: int=0
-) -> pd.DataFrame: # the index that the data set will have, with the paths of the small files
+    preset: str,  # of `simulate_dataset`
+    folder,  # for one small file of each organ
+    seed: int = 0,
+) -> pd.DataFrame:  # the index that the data set will have, with the paths of the small files
     "The index of a simulated data set, without simulating it"
     d, rows, sample = DATA_SETS[preset], [], {}
     for s in plan_studies(d['patients']):
         if s.organ not in sample:
-            path = simulate_volume(Path(folder)/s.folder/s.fname, s, subject(s.organ, seed), seed, recon=d['recon'], slices=1, coils=d['coils'])
+            path = simulate_volume(
+                Path(folder) / s.folder / s.fname,
+                s,
+                subject(s.organ, seed),
+                seed,
+                recon=d['recon'],
+                slices=1,
+                coils=d['coils'],
+            )
             sample[s.organ] = index_volumes(path, cache=False).iloc[0]
-        rows.append({**sample[s.organ], 'fname': s.fname, 'folder': s.folder, 'acquisition': s.acquisition, 'patient_id': s.patient_id,
-                     'site': s.site, 'slices': d['slices']})
+        rows.append(
+            {
+                **sample[s.organ],
+                'fname': s.fname,
+                'folder': s.folder,
+                'acquisition': s.acquisition,
+                'patient_id': s.patient_id,
+                'site': s.site,
+                'slices': d['slices'],
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #97d3f7cc
 class Stopwatch(Callback):
     "Seconds of each batch, with the device at rest before and after"
+
     order = 99
+
     def _now(self):
-        if torch.cuda.is_available(): torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter()
-    def before_train(self): self.seconds, self.last = [], self._now()
+
+    def before_train(self):
+        self.seconds, self.last = [], self._now()
+
     def after_batch(self):
-        if self.training: self.seconds.append(self._now() - self.last); self.last = self._now()
+        if self.training:
+            self.seconds.append(self._now() - self.last)
+            self.last = self._now()
+
 
 def peak_gib():
     "Largest memory so far, GiB: of the GPU where there is one, else of this process"
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform == 'darwin' else 2**20)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20)
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #46be43d1
 def timed_steps(
     s: Settings,
-    volume: pd.DataFrame, # one row of an index
-    n: int=3              # steps that count; one before them does not
-) -> dict: # train_s and score_s: seconds for a slice, reading included; memory_gib: the peak
+    volume: pd.DataFrame,  # one row of an index
+    n: int = 3,  # steps that count; one before them does not
+) -> dict:  # train_s and score_s: seconds for a slice, reading included; memory_gib: the peak
     "Train and score for a few batches of one slice of `volume`, repeated"
     dls = recon_dls(volume, volume, mask_of(s), bs=s.bs, input=input_kind(s))
-    dls.train.order = lambda epoch: [[0]*s.bs]*(n + 1)
+    dls.train.order = lambda epoch: [[0] * s.bs] * (n + 1)
     dls.train.n, watch = n + 1, Stopwatch()
     learn = recon_learner(dls, new_network(s, 0), loss=s.loss, cbs=[watch, SkipValidation()])
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-4)
     memory, times = peak_gib(), []
     learn.model.eval()
     with torch.no_grad():
         last = watch._now()
-        for b in ReconDL(SliceDataset(volume, mask_of(s), input=input_kind(s)), bs=s.bs, order=lambda e: [[0]*s.bs]*(n + 1)):
-            learn.model(*b[:dls.n_inp])
-            times.append(watch._now() - last); last += times[-1]
-    return dict(train_s=float(np.median(watch.seconds[1:]))/s.bs, score_s=float(np.median(times[1:]))/s.bs, memory_gib=memory)
+        for b in ReconDL(
+            SliceDataset(volume, mask_of(s), input=input_kind(s)), bs=s.bs, order=lambda e: [[0] * s.bs] * (n + 1)
+        ):
+            learn.model(*b[: dls.n_inp])
+            times.append(watch._now() - last)
+            last += times[-1]
+    return dict(
+        train_s=float(np.median(watch.seconds[1:])) / s.bs,
+        score_s=float(np.median(times[1:])) / s.bs,
+        memory_gib=memory,
+    )
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #ac478343
 def samples(volumes, s):
     "How large a slice is for the network: pixels, or samples of k-space"
-    return volumes.recon_rows*volumes.recon_cols if s.model == 'unet' else volumes.coils*volumes.rows*volumes.cols
+    return volumes.recon_rows * volumes.recon_cols if s.model == 'unet' else volumes.coils * volumes.rows * volumes.cols
+
 
 def slice_costs(s, splits, n=3):
     "Seconds to train on and to score an average slice of each split, and the peak of memory, GiB"
     size = samples(splits, s)
     common, largest = (splits[size == v].head(1) for v in (size.mode().max(), size.max()))
     t = timed_steps(s, common, n)
-    if size.max() > size.mode().max(): t['memory_gib'] = timed_steps(s, largest, 1)['memory_gib']
-    relative = (size*splits.slices).groupby(splits.split).sum()/splits.groupby('split').slices.sum()/size.mode().max()
+    if size.max() > size.mode().max():
+        t['memory_gib'] = timed_steps(s, largest, 1)['memory_gib']
+    relative = (
+        (size * splits.slices).groupby(splits.split).sum() / splits.groupby('split').slices.sum() / size.mode().max()
+    )
     return t, relative
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #53058225
 def dry_run(
-    preset: str='small',  # name in `protocol.PRESETS`
-    data=None,            # folder(s) of fastMRI-format files; default: what the preset would simulate
-    n: int=3,             # timed steps
-    strict=False, organ=None, jobs=None, # as in `run_protocol`
-    **settings            # fields of `Settings` that replace those of the preset
-): # (table of jobs, what is known besides: dict)
+    preset: str = 'small',  # name in `protocol.PRESETS`
+    data=None,  # folder(s) of fastMRI-format files; default: what the preset would simulate
+    n: int = 3,  # timed steps
+    strict=False,
+    organ=None,
+    jobs=None,  # as in `run_protocol`
+    **settings,  # fields of `Settings` that replace those of the preset
+):  # (table of jobs, what is known besides: dict)
     "What `run_protocol` with the same arguments would do, in order, with an estimate of its cost; raises `DataError` as that would"
     s = prepare(preset, settings)
     with tempfile.TemporaryDirectory() as folder:
-        if data or not s.data: splits = load_splits(None, s, data, strict=strict, organ=organ)
-        else: splits = ForgetRequest(s.query, s.reason).split(planned_index(s.data, folder, s.seed), test=s.test, seed=s.seed)
+        if data or not s.data:
+            splits = load_splits(None, s, data, strict=strict, organ=organ)
+        else:
+            splits = ForgetRequest(s.query, s.reason).split(
+                planned_index(s.data, folder, s.seed), test=s.test, seed=s.seed
+            )
         t, relative = slice_costs(s, splits, n)
     scored, bs = scored_volumes(splits), dict(unlearned=s.unlearn_bs)
     tests = scored[scored.split.isin(['retain_test', forget_side(scored)])].slices.sum()
-    share = {'original': relative.reindex(['retain_train', 'forget_train']).mean(), 'oracle': relative['retain_train'], 'forget': relative['forget_train']}
+    share = {
+        'original': relative.reindex(['retain_train', 'forget_train']).mean(),
+        'oracle': relative['retain_train'],
+        'forget': relative['forget_train'],
+    }
     rows = []
+
     def add(jobs, title='', traced=True):
         for name, (slices, volumes) in jobs.items():
             kind = name.split('_')[0]
-            seconds = slices*t['train_s']*share.get(kind, share['original']) + (traced and kind == 'unlearned')*(s.rounds - 1)*tests*t['score_s']
-            rows.append(dict(job=title + name, volumes=volumes, slices=slices, steps=-(-slices//bs.get(kind, s.bs)), seconds=seconds))
+            seconds = (
+                slices * t['train_s'] * share.get(kind, share['original'])
+                + (traced and kind == 'unlearned') * (s.rounds - 1) * tests * t['score_s']
+            )
+            rows.append(
+                dict(
+                    job=title + name,
+                    volumes=volumes,
+                    slices=slices,
+                    steps=-(-slices // bs.get(kind, s.bs)),
+                    seconds=seconds,
+                )
+            )
+
     add(jobs_of(s, splits))
     networks = len(rows) + 2
-    looks = networks*int(scored.slices.sum()) + s.oracle_seeds*int(tests)
-    rows.append(dict(job='score all networks', volumes=len(scored), slices=looks, steps=0, seconds=looks*t['score_s']*relative.mean()))
-    if s.hallucination and (not data or all(map(has_extras, splits.path))): add(jobs_of(planted_settings(s), splits, forget_only=False), 'planted: ', traced=False)
+    looks = networks * int(scored.slices.sum()) + s.oracle_seeds * int(tests)
+    rows.append(
+        dict(
+            job='score all networks',
+            volumes=len(scored),
+            slices=looks,
+            steps=0,
+            seconds=looks * t['score_s'] * relative.mean(),
+        )
+    )
+    if s.hallucination and (not data or all(map(has_extras, splits.path))):
+        add(jobs_of(planted_settings(s), splits, forget_only=False), 'planted: ', traced=False)
     table, at_once = pd.DataFrame(rows), processes(jobs)
-    parts = splits.groupby(['split', 'organ']).agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum')).reset_index()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'a processor ({torch.get_num_threads()} threads)'
-    return table, dict(settings=s, data=parts, device=device, **t, processes=at_once, seconds=float(table.seconds.sum())/at_once, skipped=splits.attrs.get('skipped', []))
+    parts = (
+        splits.groupby(['split', 'organ'])
+        .agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum'))
+        .reset_index()
+    )
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f'a processor ({torch.get_num_threads()} threads)'
+    )
+    return table, dict(
+        settings=s,
+        data=parts,
+        device=device,
+        **t,
+        processes=at_once,
+        seconds=float(table.seconds.sum()) / at_once,
+        skipped=splits.attrs.get('skipped', []),
+    )
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #5ddb8d4e
 def duration(seconds):
     "In words, two units at most"
-    m, h = divmod(round(seconds/60), 60)[::-1]
-    if seconds < 90: return f'{seconds:.0f} s'
-    return f'{m} min' if not h else f'{h} h {m} min' if h < 48 else f'{h/24:.1f} days'
+    m, h = divmod(round(seconds / 60), 60)[::-1]
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{m} min' if not h else f'{h} h {m} min' if h < 48 else f'{h / 24:.1f} days'
+
 
 def describe(table, info):
     "The plan as text"
     s, t = info['settings'], table.assign(time=table.seconds.map(duration)).drop(columns='seconds')
-    net = f'VarNet, {s.cascades} cascades of {s.chans} channels' if s.model == 'varnet' else f'U-Net, {s.chans} channels'
-    return '\n'.join([
-        f'{net}; {s.mask} {s.acceleration}x, centre {s.center_fraction}; loss {s.loss}; to be forgotten: {s.query}', '',
-        info['data'].to_string(index=False), '', t.to_string(index=False), '',
-        f"estimate on {info['device']}, {info['processes']} at a time: {duration(info['seconds'])} for all, {info['train_s']:.3f} s for a slice in training, "
-        f"{info['score_s']:.3f} s in scoring; peak memory {info['memory_gib']:.1f} GiB (batch of {s.bs})",
-        'file system, other users and the last digits of the estimate are not promised',
-        *(f'left out: {why}' for _, why in info['skipped'])])
+    net = (
+        f'VarNet, {s.cascades} cascades of {s.chans} channels' if s.model == 'varnet' else f'U-Net, {s.chans} channels'
+    )
+    return '\n'.join(
+        [
+            f'{net}; {s.mask} {s.acceleration}x, centre {s.center_fraction}; loss {s.loss}; to be forgotten: {s.query}',
+            '',
+            info['data'].to_string(index=False),
+            '',
+            t.to_string(index=False),
+            '',
+            f'estimate on {info["device"]}, {info["processes"]} at a time: {duration(info["seconds"])} for all, {info["train_s"]:.3f} s for a slice in training, '
+            f'{info["score_s"]:.3f} s in scoring; peak memory {info["memory_gib"]:.1f} GiB (batch of {s.bs})',
+            'file system, other users and the last digits of the estimate are not promised',
+            *(f'left out: {why}' for _, why in info['skipped']),
+        ]
+    )

@@ -27,48 +27,86 @@ from ..verdict.planted import Planted, Structure, planted_dataset, planted_score
 # %% ../../nbs/79_experiment.extras.ipynb #581dc23e
 def has_extras(path):
     "Whether a file tells the object and the coils behind its k-space"
-    try: read_extras(path, 'maps', 0), read_extras(path, 'object', 0)
-    except DataError: return False
+    try:
+        read_extras(path, 'maps', 0), read_extras(path, 'object', 0)
+    except DataError:
+        return False
     return True
 
-def planted_settings(s): return replace(s, fixed_mask=True, methods=tuple(m for m in s.hallucination if m in s.methods), study=(), unlearn_seeds=1, oracle_seeds=min(s.oracle_seeds, 2))
+
+def planted_settings(s):
+    return replace(
+        s,
+        fixed_mask=True,
+        methods=tuple(m for m in s.hallucination if m in s.methods),
+        study=(),
+        unlearn_seeds=1,
+        oracle_seeds=min(s.oracle_seeds, 2),
+    )
+
 
 class PlantedArm(Arm):
     "The same with a structure planted into all forget volumes; looks for it in retain reconstructions"
+
     title, traced = 'planted: ', False
+
     @classmethod
     def begin(cls, out, s, splits, progress=False):
         "The arm in the folder `out`, with its data set, which is written unless it is there"
         s, out = planted_settings(s), Path(out)
-        files = [out/f'{n}.csv' for n in ('volumes', 'probes', 'places')]
+        files = [out / f'{n}.csv' for n in ('volumes', 'probes', 'places')]
         if not all(f.exists() for f in files):
             p = planted_dataset(splits, out, mask=mask_of(s), progress=progress)
-            for f, table in zip(files, (p.volumes, p.probes, p.places)): write_csv(f, table)
+            for f, table in zip(files, (p.volumes, p.probes, p.places)):
+                write_csv(f, table)
         return cls(out, s, cls.table(out, 'volumes', 'data'))
+
     @staticmethod
     def table(out, name, folder):
         "A table of volumes with paths that hold wherever the run is now"
-        t = pd.read_csv(out/f'{name}.csv')
-        return t.assign(path=[str(out/folder/r.folder/r.fname) for r in t.itertuples()])
+        t = pd.read_csv(out / f'{name}.csv')
+        return t.assign(path=[str(out / folder / r.folder / r.fname) for r in t.itertuples()])
+
     @cached_property
-    def planted(self): return Planted(self.splits, self.table(self.out, 'probes', 'probe'), pd.read_csv(self.out/'places.csv'), Structure(), mask_of(self.s))
+    def planted(self):
+        return Planted(
+            self.splits,
+            self.table(self.out, 'probes', 'probe'),
+            pd.read_csv(self.out / 'places.csv'),
+            Structure(),
+            mask_of(self.s),
+        )
+
     @cached_property
-    def probe_dl(self): return loader(self.s, self.planted.probes, 4*self.s.bs)
+    def probe_dl(self):
+        return loader(self.s, self.planted.probes, 4 * self.s.bs)
+
     @property
-    def networks(self): return {n: k for n, k in {**trained(self.s), **unlearned(self.s)}.items() if n != 'forget_only'}
+    def networks(self):
+        return {n: k for n, k in {**trained(self.s), **unlearned(self.s)}.items() if n != 'forget_only'}
+
     def score(self, name, keys, progress):
         "How much of the structure a network puts where it is not"
         progress.say(f'look for the planted structure: {name}')
         scores = planted_scores(self.network(name), self.planted, self.probe_dl).assign(**keys)
-        write_csv(self.run.out/'stages'/f'{name}.planted.csv', scores[[*KEYS, 'volume', 'split', 'slices', 'score', 'at_marks', 'strength']])
-        progress.step(SCORE_COST*int(scores.slices.sum()))
+        write_csv(
+            self.run.out / 'stages' / f'{name}.planted.csv',
+            scores[[*KEYS, 'volume', 'split', 'slices', 'score', 'at_marks', 'strength']],
+        )
+        progress.step(SCORE_COST * int(scores.slices.sum()))
         self.run.finish(f'score_{name}')
+
     def levels(self):
-        jobs, looks = jobs_of(self.s, self.splits), SCORE_COST*int(self.planted.probes.slices.sum())
-        return [sum(level, []) for level in (
-            [self.job(n, jobs[n][0], self.train, n) for n in trained(self.s) if n != 'forget_only'],
-            [self.job(job_name(*j), jobs[job_name(*j)][0], self.unlearn, *j) for j in plan(self.s)], [],
-            [self.job(f'score_{n}', looks, self.score, n, k) for n, k in self.networks.items()])]
+        jobs, looks = jobs_of(self.s, self.splits), SCORE_COST * int(self.planted.probes.slices.sum())
+        return [
+            sum(level, [])
+            for level in (
+                [self.job(n, jobs[n][0], self.train, n) for n in trained(self.s) if n != 'forget_only'],
+                [self.job(job_name(*j), jobs[job_name(*j)][0], self.unlearn, *j) for j in plan(self.s)],
+                [],
+                [self.job(f'score_{n}', looks, self.score, n, k) for n, k in self.networks.items()],
+            )
+        ]
 
 # %% ../../nbs/79_experiment.extras.ipynb #d87a17e1
 def judged(s):
@@ -77,42 +115,111 @@ def judged(s):
     runs = {job_name(m, f, i): key('unlearned', m, i, f) for m, f, i in first}
     return {n: k for n, k in trained(s).items() if n != 'forget_only'} | runs | {'zero_filled': key('zero_filled')}
 
+
 class NullSpace:
     "Null-space energies of the networks of an arm, volume by volume"
-    def __init__(self, arm): self.arm = arm
+
+    def __init__(self, arm):
+        self.arm = arm
+
     def volume(self, fname, progress):
         arm, names = self.arm, judged(self.arm.s)
         progress.say(f'null space of {fname}')
         row = arm.tests[arm.tests.fname == fname]
-        dl = loader(arm.s, row, 4*arm.s.bs, keep=True)
-        image = lambda n: next(iter(reconstruct_volumes(None if n == 'zero_filled' else arm.network(n), dl))).image.cpu()
+        dl = loader(arm.s, row, 4 * arm.s.bs, keep=True)
+
+        def image(n):
+            return next(iter(reconstruct_volumes(None if n == 'zero_filled' else arm.network(n), dl))).image.cpu()
+
         e = null_space_energy({n: {fname: image(n)} for n in names}, row, mask_of(arm.s))
         keys = pd.DataFrame([key('target') if n == 'target' else names[n] for n in e.model], index=e.index)
-        write_csv(arm.run.out/'stages'/f'{fname}.null.csv', pd.concat([keys, e.drop(columns='model')], axis=1)[[*KEYS, 'volume', 'organ', 'split', 'null_energy', 'measurement_energy']])
-        progress.step(SCORE_COST*len(names)*int(row.slices.iloc[0]))
+        write_csv(
+            arm.run.out / 'stages' / f'{fname}.null.csv',
+            pd.concat([keys, e.drop(columns='model')], axis=1)[
+                [*KEYS, 'volume', 'organ', 'split', 'null_energy', 'measurement_energy']
+            ],
+        )
+        progress.step(SCORE_COST * len(names) * int(row.slices.iloc[0]))
         arm.run.finish(f'null_{fname}')
+
     def levels(self):
         n = len(judged(self.arm.s))
-        return [[], [], [], sum((self.arm.job(f'null_{f}', SCORE_COST*n*int(k), self.volume, f) for f, k in zip(self.arm.tests.fname, self.arm.tests.slices)), [])]
+        return [
+            [],
+            [],
+            [],
+            sum(
+                (
+                    self.arm.job(f'null_{f}', SCORE_COST * n * int(k), self.volume, f)
+                    for f, k in zip(self.arm.tests.fname, self.arm.tests.slices)
+                ),
+                [],
+            ),
+        ]
 
 # %% ../../nbs/79_experiment.extras.ipynb #05a251da
 class ThirdOrgan:
     "Scores of the networks of an arm on scans of a third organ"
-    def __init__(self, arm): self.arm = arm
+
+    def __init__(self, arm):
+        self.arm = arm
+
     @classmethod
     def begin(cls, arm, progress=False):
         "Simulate the scans, unless they are there, in the size of the others"
         size = arm.splits.iloc[0]
-        simulate_thighs(arm.out/'third', arm.s.third, arm.s.seed, recon=(int(size.recon_rows), int(size.recon_cols)), slices=int(size.slices), progress=progress)
+        simulate_thighs(
+            arm.out / 'third',
+            arm.s.third,
+            arm.s.seed,
+            recon=(int(size.recon_rows), int(size.recon_cols)),
+            slices=int(size.slices),
+            progress=progress,
+        )
         return cls(arm)
-    def rows(self): return index_volumes(self.arm.out/'third', cache=False).assign(split='other_test')
+
+    def rows(self):
+        return index_volumes(self.arm.out / 'third', cache=False).assign(split='other_test')
+
     def score(self, name, keys, progress):
         arm = self.arm
         progress.say(f'third organ: {name}')
-        scores = evaluate(None if name == 'zero_filled' else arm.network(name), loader(arm.s, self.rows(), 4*arm.s.bs)).assign(**keys)
-        write_csv(arm.run.out/'stages'/f'{name}.third.csv', scores[[*KEYS, 'organ', 'split', 'volume', 'nmse', 'psnr', 'ssim', 'acquisition', 'site', 'patient_id', 'source']])
-        progress.step(SCORE_COST*int(scores.slices.sum()))
+        scores = evaluate(
+            None if name == 'zero_filled' else arm.network(name), loader(arm.s, self.rows(), 4 * arm.s.bs)
+        ).assign(**keys)
+        write_csv(
+            arm.run.out / 'stages' / f'{name}.third.csv',
+            scores[
+                [
+                    *KEYS,
+                    'organ',
+                    'split',
+                    'volume',
+                    'nmse',
+                    'psnr',
+                    'ssim',
+                    'acquisition',
+                    'site',
+                    'patient_id',
+                    'source',
+                ]
+            ],
+        )
+        progress.step(SCORE_COST * int(scores.slices.sum()))
         arm.run.finish(f'third_{name}')
+
     def levels(self):
-        looks = SCORE_COST*int(self.rows().slices.sum())
-        return [[], [], [], sum((self.arm.job(f'third_{n}', looks, self.score, n, k) for n, k in self.arm.networks.items() if n != 'noise'), [])]
+        looks = SCORE_COST * int(self.rows().slices.sum())
+        return [
+            [],
+            [],
+            [],
+            sum(
+                (
+                    self.arm.job(f'third_{n}', looks, self.score, n, k)
+                    for n, k in self.arm.networks.items()
+                    if n != 'noise'
+                ),
+                [],
+            ),
+        ]

@@ -23,44 +23,78 @@ from ..network.weights import load_network, new_unet, new_varnet, save_weights
 from ..signal.masks import mask_func
 from ..unlearn.catalog import METHODS
 from ..unlearn.core import unlearn
-from ..verdict.evaluate import TraceScores, agreement, evaluate, read_prediction, reconstruct_volumes, write_prediction
+from mri_unlearn.verdict.evaluate import (
+    TraceScores,
+    agreement,
+    evaluate,
+    read_prediction,
+    reconstruct_volumes,
+    write_prediction,
+)
 from ..verdict.names import KEYS, job_name
 from ..verdict.planted import fixed_mask
 
 # %% ../../nbs/77_experiment.networks.ipynb #edf8129d
-def input_kind(s): return 'kspace' if s.model == 'varnet' else 'image'
+def input_kind(s):
+    return 'kspace' if s.model == 'varnet' else 'image'
+
 
 def mask_of(s):
     "The mask function of a run"
     mask = mask_func(s.mask, [s.center_fraction], [s.acceleration])
     return fixed_mask(mask) if s.fixed_mask else mask
 
+
 def new_network(s, seed):
     "An untrained network with the settings `s`"
-    if s.model == 'unet': return precise(new_unet(seed, chans=s.chans, num_pool_layers=s.pools), s)
-    return precise(new_varnet(seed, num_cascades=s.cascades, sens_chans=s.sens_chans, sens_pools=s.sens_pools, chans=s.chans, pools=s.pools), s)
+    if s.model == 'unet':
+        return precise(new_unet(seed, chans=s.chans, num_pool_layers=s.pools), s)
+    return precise(
+        new_varnet(
+            seed,
+            num_cascades=s.cascades,
+            sens_chans=s.sens_chans,
+            sens_pools=s.sens_pools,
+            chans=s.chans,
+            pools=s.pools,
+        ),
+        s,
+    )
 
-def precise(model, s): # half precision pays on a GPU only
-    return set_precision(model, getattr(torch, s.precision)) if s.precision and default_device().type == 'cuda' else model
+
+def precise(model, s):  # half precision pays on a GPU only
+    return (
+        set_precision(model, getattr(torch, s.precision)) if s.precision and default_device().type == 'cuda' else model
+    )
+
 
 def loader(s, rows, bs, **kwargs):
     "A loader in file order, with one mask a file"
     return ReconDL(SliceDataset(rows, mask_of(s), input=input_kind(s)), bs=bs, num_workers=s.num_workers, **kwargs)
 
+
 def kept_bytes(s, volumes):
     "Memory of the batches of all `volumes`, which decides whether they are kept for the next network"
-    pixels = volumes.slices*volumes.recon_rows*volumes.recon_cols*12
-    return int((pixels + (volumes.slices*volumes.coils*volumes.rows*volumes.cols*8 if s.model == 'varnet' else 0)).sum())
+    pixels = volumes.slices * volumes.recon_rows * volumes.recon_cols * 12
+    return int(
+        (
+            pixels + (volumes.slices * volumes.coils * volumes.rows * volumes.cols * 8 if s.model == 'varnet' else 0)
+        ).sum()
+    )
 
 # %% ../../nbs/77_experiment.networks.ipynb #9164cfb8
 def train_network(run, settings, name, title, rows, seed, progress):
     "Train a network on the volumes `rows` from scratch, unless that was done already"
-    s, meter, resume = settings, WorkMeter(), Resume(run.out/'stages'/f'{name}.state.pt')
-    if run.done(name): return resume.finish()
+    s, meter, resume = settings, WorkMeter(), Resume(run.out / 'stages' / f'{name}.state.pt')
+    if run.done(name):
+        return resume.finish()
     dls = recon_dls(rows, rows.head(1), mask_of(s), bs=s.bs, seed=seed, num_workers=s.num_workers, input=input_kind(s))
-    cbs = [meter, SkipValidation(), Tick(progress, title), resume] + ([GradientClip(s.train_clip)] if s.train_clip else [])
+    cbs = [meter, SkipValidation(), Tick(progress, title), resume] + (
+        [GradientClip(s.train_clip)] if s.train_clip else []
+    )
     learn = recon_learner(dls, new_network(s, seed), loss=s.loss, cbs=cbs)
-    with learn.no_bar(), learn.no_logging(): {'one_cycle': learn.fit_one_cycle, 'constant': learn.fit}[s.schedule](s.epochs, s.lr)
+    with learn.no_bar(), learn.no_logging():
+        {'one_cycle': learn.fit_one_cycle, 'constant': learn.fit}[s.schedule](s.epochs, s.lr)
     save_weights(learn.model, run.model(name))
     run.finish(name, slices=meter.slices, seconds=meter.seconds, volumes=len(rows), train_loss=resume.losses)
     resume.finish()
@@ -70,38 +104,64 @@ def write_images(run, model, i, test_dl, progress):
     "Predictions of Oracle `i` on the test volumes, in a folder"
     progress.say(f'reconstruct with Oracle, seed {i}')
     for r in reconstruct_volumes(model, test_dl):
-        write_prediction(run.out/'stages'/f'oracle_s{i}', r)
-        progress.step(SCORE_COST*len(r.image))
+        write_prediction(run.out / 'stages' / f'oracle_s{i}', r)
+        progress.step(SCORE_COST * len(r.image))
     run.finish(f'images_oracle_s{i}')
 
-def agree_with_oracles(run, r, oracles): # index of an Oracle -> dB
+
+def agree_with_oracles(run, r, oracles):  # index of an Oracle -> dB
     "Agreement of a reconstructed test volume with those of the Oracles, which `write_images` has kept"
     f = r.row['fname']
-    return {o: agreement({f: r.image.cpu()}, {f: read_prediction(run.out/'stages'/f'oracle_s{o}', f)}, {f: r.row['max']})[f] for o in oracles}
+    return {
+        o: agreement(
+            {f: r.image.cpu()}, {f: read_prediction(run.out / 'stages' / f'oracle_s{o}', f)}, {f: r.row['max']}
+        )[f]
+        for o in oracles
+    }
+
 
 def score_network(run, name, model, dl, keys, tests, oracle_seeds, progress):
     "Score a network on all sides and compare its images of the volumes `tests` with those of the Oracles"
     progress.say(f'score {name}')
     rows = []
+
     def compare(r):
-        progress.step(SCORE_COST*len(r.image))
-        others = [o for o in range(oracle_seeds) if not (keys['model'] == 'oracle' and keys['seed'] == o)] if r.row['fname'] in tests else []
-        for o, db in agree_with_oracles(run, r, others).items(): rows.append({**keys, 'oracle_seed': o, 'split': r.row['split'], 'volume': r.row['fname'], 'agree_db': db})
+        progress.step(SCORE_COST * len(r.image))
+        others = (
+            [o for o in range(oracle_seeds) if not (keys['model'] == 'oracle' and keys['seed'] == o)]
+            if r.row['fname'] in tests
+            else []
+        )
+        for o, db in agree_with_oracles(run, r, others).items():
+            rows.append({**keys, 'oracle_seed': o, 'split': r.row['split'], 'volume': r.row['fname'], 'agree_db': db})
+
     scores = evaluate(model, dl, each=compare).assign(**keys)
-    agree = pd.DataFrame(rows, columns=[*KEYS, 'oracle_seed', 'split', 'volume', 'agree_db']).sort_values('oracle_seed', kind='stable')
-    write_csv(run.out/'stages'/f'{name}.agree.csv', agree)
-    write_csv(run.out/'stages'/f'{name}.scores.csv', scores[[*KEYS, 'organ', 'split', 'volume', 'nmse', 'psnr', 'ssim', 'acquisition', 'site', 'patient_id', 'source']])
+    agree = pd.DataFrame(rows, columns=[*KEYS, 'oracle_seed', 'split', 'volume', 'agree_db']).sort_values(
+        'oracle_seed', kind='stable'
+    )
+    write_csv(run.out / 'stages' / f'{name}.agree.csv', agree)
+    write_csv(
+        run.out / 'stages' / f'{name}.scores.csv',
+        scores[
+            [*KEYS, 'organ', 'split', 'volume', 'nmse', 'psnr', 'ssim', 'acquisition', 'site', 'patient_id', 'source']
+        ],
+    )
     run.finish(f'score_{name}')
 
 # %% ../../nbs/77_experiment.networks.ipynb #9dbf9edf
 def plan(settings):
     "The unlearning runs of a protocol: (method, retain fraction, seed), without doubles"
-    used = lambda m, f: 1. if METHODS[m].all_retain else 0. if METHODS[m].data == 'forget' else f
+
+    def used(m, f):
+        return 1.0 if METHODS[m].all_retain else 0.0 if METHODS[m].data == 'forget' else f
+
     jobs = [(m, used(m, settings.fraction)) for m in settings.methods]
     jobs += [(m, used(m, f)) for m in settings.study if m in settings.methods for f in settings.study_fractions]
     return [(m, f, i) for m, f in dict.fromkeys(jobs) for i in range(settings.unlearn_seeds)]
 
-def seed_of(s, seed): return s.seed + 100*seed     # of an unlearning run, so that the first has the seed of the run
+
+def seed_of(s, seed):
+    return s.seed + 100 * seed  # of an unlearning run, so that the first has the seed of the run
 
 # %% ../../nbs/77_experiment.networks.ipynb #1b3d1f3a
 def unlearned_learner(run, settings, method, fraction, seed, splits, cbs=()):
@@ -110,17 +170,43 @@ def unlearned_learner(run, settings, method, fraction, seed, splits, cbs=()):
     dls = recon_dls(train, train.head(1), mask_of(s), seed=s.seed, num_workers=s.num_workers, input=input_kind(s))
     original = recon_learner(dls, precise(load_network(run.model('original')), s), loss=s.loss)
     own = dict(lr=s.unlearn_lr) | s.method_settings.get(method, {})
-    return unlearn(original, train, method, fraction or 1., epochs=s.rounds, steps=s.steps, bs=s.unlearn_bs, clip=s.clip, seed=seed_of(s, seed), cbs=cbs, **own)
+    return unlearn(
+        original,
+        train,
+        method,
+        fraction or 1.0,
+        epochs=s.rounds,
+        steps=s.steps,
+        bs=s.unlearn_bs,
+        clip=s.clip,
+        seed=seed_of(s, seed),
+        cbs=cbs,
+        **own,
+    )
+
 
 def run_method(run, settings, method, fraction, seed, splits, test_dl, progress):
     "Let one method work on the Original, unless that was done already; scores in between only with `test_dl`"
     name, s, meter = job_name(method, fraction, seed), settings, WorkMeter()
-    if run.done(name): return
-    between = range(1, s.rounds) if test_dl else ()    # before the first round it is the Original, after the last what is scored anyway
-    trace = TraceScores(test_dl, between, on_score=lambda: progress.step(SCORE_COST*len(test_dl.dataset)))
-    learn = unlearned_learner(run, s, method, fraction, seed, splits, [meter, trace, Tick(progress, f'{method} at {fraction:.0%}')])
+    if run.done(name):
+        return
+    between = (
+        range(1, s.rounds) if test_dl else ()
+    )  # before the first round it is the Original, after the last what is scored anyway
+    trace = TraceScores(test_dl, between, on_score=lambda: progress.step(SCORE_COST * len(test_dl.dataset)))
+    learn = unlearned_learner(
+        run, s, method, fraction, seed, splits, [meter, trace, Tick(progress, f'{method} at {fraction:.0%}')]
+    )
     save_weights(learn.model, run.model(name))
     used = learn.dls.train_ds.volumes
-    write_csv(run.out/'stages'/f'{name}.trace.csv', pd.DataFrame(trace.trace, columns=TRACE[3:]).assign(method=method, retain_fraction=fraction, seed=seed)[TRACE])
-    run.finish(name, slices=meter.slices, seconds=meter.seconds, terms=learn.loss_terms.history,
-               retain_volumes=int((used.split == 'retain_train').sum()) if METHODS[method].data != 'forget' else 0)
+    write_csv(
+        run.out / 'stages' / f'{name}.trace.csv',
+        pd.DataFrame(trace.trace, columns=TRACE[3:]).assign(method=method, retain_fraction=fraction, seed=seed)[TRACE],
+    )
+    run.finish(
+        name,
+        slices=meter.slices,
+        seconds=meter.seconds,
+        terms=learn.loss_terms.history,
+        retain_volumes=int((used.split == 'retain_train').sum()) if METHODS[method].data != 'forget' else 0,
+    )

@@ -32,59 +32,75 @@ def picture_volumes(splits):
     side = forget_side(splits)
     return {s: splits[splits.split == s].sort_values('fname').iloc[[0]] for s in ('retain_test', side)}
 
+
 def example_images(run, settings, splits):
     "Figures of a slice: target, zero-filled, and what each network makes of it, with error maps; and how each differs from the Oracle"
     s = settings
     shown = [m for m in ('nl_ft', 'proxy', 'sub_ft', 'ga_ft') if m in s.methods][:2]
-    nets = {'zero-filled': None, 'Original': 'original', 'Oracle': 'oracle_s0', **({'another Oracle': 'oracle_s1'} if s.oracle_seeds > 1 else {}), **{m: job_name(*next(j for j in plan(s) if j[0] == m)) for m in shown}}
+    nets = {
+        'zero-filled': None,
+        'Original': 'original',
+        'Oracle': 'oracle_s0',
+        **({'another Oracle': 'oracle_s1'} if s.oracle_seeds > 1 else {}),
+        **{m: job_name(*next(j for j in plan(s) if j[0] == m)) for m in shown},
+    }
     for split, rows in picture_volumes(splits).items():
         dl = loader(s, rows, s.bs)
-        recons = {n: next(iter(reconstruct_volumes(precise(load_network(run.model(f)), s) if f else None, dl))) for n, f in nets.items()}
-        i = int(rows.slices.iloc[0])//2
+        recons = {
+            n: next(iter(reconstruct_volumes(precise(load_network(run.model(f)), s) if f else None, dl)))
+            for n, f in nets.items()
+        }
+        i = int(rows.slices.iloc[0]) // 2
         target = next(iter(recons.values())).target[i].cpu().numpy()
         images = {n: r.image[i].cpu().numpy() for n, r in recons.items()}
         fig = show_reconstructions(target, {n: im for n, im in images.items() if n != 'another Oracle'})
         side = split.split('_')[0]
-        save_figure(fig, run.out/'figures'/f'reconstructions_{side}.png')
+        save_figure(fig, run.out / 'figures' / f'reconstructions_{side}.png')
         fig = show_reconstructions(images.pop('Oracle'), images, against='Oracle')
-        save_figure(fig, run.out/'figures'/f'differences_{side}.png')
+        save_figure(fig, run.out / 'figures' / f'differences_{side}.png')
 
 # %% ../../nbs/81_experiment.protocol.ipynb #88fc2412
 def begin(out, s, splits, show=False):
     "The arms of a run and what is measured besides; only the first arm where files do not tell what is behind their k-space"
     arms = [Arm(out, s, splits)]
-    if s.hallucination and all(map(has_extras, splits.path)): arms += [PlantedArm.begin(Path(out)/'planted', s, splits, show), NullSpace(arms[0])]
-    if s.third and (splits.source == 'anatomy').all(): arms.append(ThirdOrgan.begin(arms[0], show))
+    if s.hallucination and all(map(has_extras, splits.path)):
+        arms += [PlantedArm.begin(Path(out) / 'planted', s, splits, show), NullSpace(arms[0])]
+    if s.third and (splits.source == 'anatomy').all():
+        arms.append(ThirdOrgan.begin(arms[0], show))
     return arms
+
 
 def run_levels(arms, n, show):
     "Do what the arms have to do in `n` processes, level by level; returns how much that was"
     levels = [sum(level, []) for level in zip(*(a.levels() for a in arms))]
     ahead = sum(work for level in levels for work, *_ in level)
-    if not ahead: return 0
+    if not ahead:
+        return 0
     progress = Progress(ahead, show)
     try:
         with Workers(n, progress) as workers:
-            for level in levels: workers.run([task for _, *task in sorted(level, key=lambda t: -t[0])])
+            for level in levels:
+                workers.run([task for _, *task in sorted(level, key=lambda t: -t[0])])
         progress.say('done')
-    finally: progress.bar.close()
+    finally:
+        progress.bar.close()
     return ahead
 
 # %% ../../nbs/81_experiment.protocol.ipynb #f4cdec20
 def run_protocol(
-    preset: str='small',   # name in PRESETS
-    out=None,              # folder of the run; default: runs/PRESET
-    data=None,             # folder (or list) of fastMRI-format files; default: simulated data
-    show: bool=True,       # progress bars
-    strict: bool=False,    # an unreadable file is an error; otherwise it is left out with a warning
-    organ: str=None,       # of volumes that do not tell
-    jobs: int=None,        # processes that train and score; default: one a core, or one where there is a GPU
-    **settings             # fields of `Settings` that replace those of the preset
-): # DataFrame, one row a network: the summary
+    preset: str = 'small',  # name in PRESETS
+    out=None,  # folder of the run; default: runs/PRESET
+    data=None,  # folder (or list) of fastMRI-format files; default: simulated data
+    show: bool = True,  # progress bars
+    strict: bool = False,  # an unreadable file is an error; otherwise it is left out with a warning
+    organ: str = None,  # of volumes that do not tell
+    jobs: int = None,  # processes that train and score; default: one a core, or one where there is a GPU
+    **settings,  # fields of `Settings` that replace those of the preset
+):  # DataFrame, one row a network: the summary
     "Run the experiment, or what is left of it, and leave tables, figures and a report in `out`; raises `DataError` on bad input"
     s, start = prepare(preset, settings), time.perf_counter()
-    out = Path(out or Path('runs')/preset)
-    write_config(out, preset, s, data)                  # complain before anything is written
+    out = Path(out or Path('runs') / preset)
+    write_config(out, preset, s, data)  # complain before anything is written
     splits = load_splits(out, s, data, show, **(dict(strict=strict, organ=organ) if data else {}))
     run = Run(out)
     record_volumes(run, splits)
@@ -94,10 +110,14 @@ def run_protocol(
     tables = collect(*[a for a in arms if isinstance(a, Arm)])
     example_images(run, s, splits)
     write_figures(run.out, s.fraction)
-    v, main = tables['verdicts'], plan(replace(s, study=()))       # the picture has one run of each method
-    extra = [r.model == 'unlearned' and ((r.method, r.retain_fraction, r.seed) not in main or r.seed > 0) for r in v.itertuples()]
+    v, main = tables['verdicts'], plan(replace(s, study=()))  # the picture has one run of each method
+    extra = [
+        r.model == 'unlearned' and ((r.method, r.retain_fraction, r.seed) not in main or r.seed > 0)
+        for r in v.itertuples()
+    ]
     shown = ~np.array(extra) if s.unlearn_seeds > 1 else np.ones(len(v), bool)
-    save_figure(plot_verdicts(v[shown].reset_index(drop=True)), run.out/'figures'/'verdicts.png')
-    if ahead or not (run.out/'timing.json').exists(): write_timing(run, time.perf_counter() - start)
+    save_figure(plot_verdicts(v[shown].reset_index(drop=True)), run.out / 'figures' / 'verdicts.png')
+    if ahead or not (run.out / 'timing.json').exists():
+        write_timing(run, time.perf_counter() - start)
     write_report(run.out)
     return tables['summary']

@@ -27,117 +27,198 @@ from ..machinery.disk import DataError, write_csv, write_json
 from ..phantom.simulate import simulate_dataset
 
 # %% ../../nbs/76_experiment.runs.ipynb #9a3a47da
-TRACE = ['method', 'retain_fraction', 'seed', 'epoch', 'retain_psnr', 'forget_psnr']   # columns of trace.csv
+TRACE = ['method', 'retain_fraction', 'seed', 'epoch', 'retain_psnr', 'forget_psnr']  # columns of trace.csv
+
 
 class Run:
     "The folder of a run: records of finished stages, scores, weights"
+
     def __init__(self, out):
         self.out = Path(out)
-        for d in ('models', 'stages', 'figures'): (self.out/d).mkdir(parents=True, exist_ok=True)
-    def record(self, name): return self.out/'stages'/f'{name}.json'
-    def model(self, name): return self.out/'models'/f'{name}.pt'
-    def done(self, name): return self.record(name).is_file()
-    def read(self, name): return json.loads(self.record(name).read_text())
-    def finish(self, name, **info): write_json(self.record(name), info)
+        for d in ('models', 'stages', 'figures'):
+            (self.out / d).mkdir(parents=True, exist_ok=True)
+
+    def record(self, name):
+        return self.out / 'stages' / f'{name}.json'
+
+    def model(self, name):
+        return self.out / 'models' / f'{name}.pt'
+
+    def done(self, name):
+        return self.record(name).is_file()
+
+    def read(self, name):
+        return json.loads(self.record(name).read_text())
+
+    def finish(self, name, **info):
+        write_json(self.record(name), info)
+
     def tables(self, kind):
         "All tables of one kind that stages have left, in a fixed order"
-        return [pd.read_csv(p, dtype={'method': str}).fillna({'method': ''}) for p in sorted((self.out/'stages').glob(f'*.{kind}.csv'))]
+        return [
+            pd.read_csv(p, dtype={'method': str}).fillna({'method': ''})
+            for p in sorted((self.out / 'stages').glob(f'*.{kind}.csv'))
+        ]
 
 # %% ../../nbs/76_experiment.runs.ipynb #3028daeb
 def revision():
     "Git revision of the working copy that the package is imported from; empty for an installed package"
     here = Path(mri_unlearn.__file__).resolve().parent
-    try: out = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired): return ''
-    tracked = (here.parent/'settings.ini').is_file()     # else the package lies in somebody else's repository
+    try:
+        out = subprocess.run(
+            ['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
+    tracked = (here.parent / 'settings.ini').is_file()  # else the package lies in somebody else's repository
     return out.stdout.strip() if out.returncode == 0 and tracked else ''
+
 
 def versions():
     "Versions of what the figures depend on"
     out = {'python': platform.python_version()}
     for p in ('mri_unlearn', 'torch', 'fastai', 'numpy', 'h5py'):
-        try: out[p] = version(p)
-        except PackageNotFoundError: out[p] = 'not installed as a package'
+        try:
+            out[p] = version(p)
+        except PackageNotFoundError:
+            out[p] = 'not installed as a package'
     return out
 
 # %% ../../nbs/76_experiment.runs.ipynb #bcf5bf20
 def same_settings(path, fixed):
     "Complain if `path` holds the config of a run with other settings"
-    try: old = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise DataError(f'{path}: damaged ({e}); choose another folder with --out, or delete this one') from e
-    flat = lambda d: {**d.get('settings', {}), 'data files': d.get('data', {}).get('source')}
+    try:
+        old = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise DataError(f'{path}: damaged ({e}); choose another folder with --out, or delete this one') from e
+
+    def flat(d):
+        return {**d.get('settings', {}), 'data files': d.get('data', {}).get('source')}
+
     changed = [f'{k}: {flat(old).get(k)!r} → {v!r}' for k, v in flat(fixed).items() if flat(old).get(k) != v]
-    if changed: raise DataError(f'{path.parent} holds a run with other settings ({"; ".join(changed[:4])}); choose another folder with --out, or delete it')
+    if changed:
+        raise DataError(
+            f'{path.parent} holds a run with other settings ({"; ".join(changed[:4])}); choose another folder with --out, or delete it'
+        )
     return old
+
 
 def write_config(out, preset, settings, data, splits=None):
     "Check that config.json in `out`, if there, is the one of this run; with `splits`, write it and say what the data turned out to be"
     source = [str(d) for d in ([data] if isinstance(data, (str, Path)) else data)] if data else 'simulated'
     config = json.loads(json.dumps(dict(preset=preset, settings=asdict(settings), data=dict(source=source))))
-    path = Path(out)/'config.json'
-    if path.exists(): config = same_settings(path, config)
+    path = Path(out) / 'config.json'
+    if path.exists():
+        config = same_settings(path, config)
     else:
-        machine = dict(cpu_threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if default_device().type == 'cuda' else str(default_device()), system=platform.system())
-        config |= dict(name=Path(out).name, request=ForgetRequest(settings.query, settings.reason).to_dict(), versions=versions(), git_revision=revision(), machine=machine)
+        machine = dict(
+            cpu_threads=torch.get_num_threads(),
+            device=torch.cuda.get_device_name() if default_device().type == 'cuda' else str(default_device()),
+            system=platform.system(),
+        )
+        config |= dict(
+            name=Path(out).name,
+            request=ForgetRequest(settings.query, settings.reason).to_dict(),
+            versions=versions(),
+            git_revision=revision(),
+            machine=machine,
+        )
     if splits is not None and 'splits' not in config['data']:
         groups = splits.groupby(['split', 'organ'])
-        config['data'] |= dict(simulated=bool(splits.simulated.all()), kspace=sorted(splits.source.unique()), skipped=splits.attrs.get('skipped', []),
-            splits=[dict(split=s, organ=o, patients=int(g.patient_id.nunique()), volumes=len(g), slices=int(g.slices.sum())) for (s, o), g in groups])
-    if splits is not None: write_json(path, config)
+        config['data'] |= dict(
+            simulated=bool(splits.simulated.all()),
+            kspace=sorted(splits.source.unique()),
+            skipped=splits.attrs.get('skipped', []),
+            splits=[
+                dict(split=s, organ=o, patients=int(g.patient_id.nunique()), volumes=len(g), slices=int(g.slices.sum()))
+                for (s, o), g in groups
+            ],
+        )
+    if splits is not None:
+        write_json(path, config)
 
 # %% ../../nbs/76_experiment.runs.ipynb #e87a8ed9
 def in_turn(
-    volumes: pd.DataFrame, # with columns acquisition and fname
-): # the same, one acquisition after the other
+    volumes: pd.DataFrame,  # with columns acquisition and fname
+):  # the same, one acquisition after the other
     "Order volumes so that the first few hold some of each acquisition"
     turn = volumes.assign(turn=volumes.groupby('acquisition').cumcount()).sort_values(['turn', 'acquisition', 'fname'])
     return turn.drop(columns='turn')
 
+
 def limited(splits, n):
     "At most `n` volumes of each split, in the order of the table"
-    if n is None: return splits
+    if n is None:
+        return splits
     keep = [i for _, rows in splits.groupby('split') for i in in_turn(rows).index[:n]]
     return splits[splits.index.isin(keep)]
 
 # %% ../../nbs/76_experiment.runs.ipynb #947993b9
 def load_splits(out, settings, data=None, progress=True, **index):
     "The index of the volumes with their split; simulates the data set where no folder is given, writes nothing else"
-    if not (data or settings.data): raise DataError('this preset needs data: name the folders of fastMRI files with --data (data=)')
+    if not (data or settings.data):
+        raise DataError('this preset needs data: name the folders of fastMRI files with --data (data=)')
     request = ForgetRequest(settings.query, settings.reason)
-    volumes = index_volumes(data, **index) if data else simulate_dataset(out/'data', settings.data, settings.seed, extras=bool(settings.hallucination), progress=progress)
-    usable = volumes[volumes.has_target]     # test folders without targets can be reconstructed, not scored
-    if not len(usable): raise DataError(f'none of the {len(volumes)} volumes has a target (reconstruction_rss): nothing to train on or to score')
+    volumes = (
+        index_volumes(data, **index)
+        if data
+        else simulate_dataset(
+            out / 'data', settings.data, settings.seed, extras=bool(settings.hallucination), progress=progress
+        )
+    )
+    usable = volumes[volumes.has_target]  # test folders without targets can be reconstructed, not scored
+    if not len(usable):
+        raise DataError(
+            f'none of the {len(volumes)} volumes has a target (reconstruction_rss): nothing to train on or to score'
+        )
     twice = usable.fname[usable.fname.duplicated()]
-    if len(twice): raise DataError(f'{twice.iloc[0]}: two volumes of the data have this file name; give folders whose file names differ')
+    if len(twice):
+        raise DataError(
+            f'{twice.iloc[0]}: two volumes of the data have this file name; give folders whose file names differ'
+        )
     splits = limited(request.split(usable, test=settings.test, seed=settings.seed), settings.limit_volumes)
     splits.attrs['skipped'] = [list(map(str, f)) for f in volumes.attrs.get('skipped', [])]
     for side in ('retain_test', 'forget_train'):
-        if not (splits.split == side).any(): raise DataError(f'request {settings.query!r} leaves no volume in {side}: nothing could be compared')
+        if not (splits.split == side).any():
+            raise DataError(f'request {settings.query!r} leaves no volume in {side}: nothing could be compared')
     return splits
+
 
 def record_volumes(run, splits):
     "Write volumes.csv; if the run has one already, complain unless it names the same volumes with the same split"
-    path, same = run.out/'volumes.csv', ['fname', 'split', 'slices']
-    if not path.exists(): return write_csv(path, splits)
+    path, same = run.out / 'volumes.csv', ['fname', 'split', 'slices']
+    if not path.exists():
+        return write_csv(path, splits)
     old = set(pd.read_csv(path)[same].itertuples(index=False, name=None))
     differ = old ^ set(splits[same].itertuples(index=False, name=None))
-    if differ: raise DataError(f'{path}: the data have changed since this run began ({sorted(differ)[0][0]}); choose another folder with --out')
+    if differ:
+        raise DataError(
+            f'{path}: the data have changed since this run began ({sorted(differ)[0][0]}); choose another folder with --out'
+        )
 
 # %% ../../nbs/76_experiment.runs.ipynb #baf4691e
 def scored_volumes(
-    splits: pd.DataFrame, # with column `split`
-): # its test rows, and half as many training rows a side
+    splits: pd.DataFrame,  # with column `split`
+):  # its test rows, and half as many training rows a side
     "Which volumes are scored"
     parts = []
     for side in ('retain', 'forget'):
         test, train = (splits[splits.split == f'{side}_{s}'] for s in ('test', 'train'))
-        parts += [test, in_turn(train).head(max(len(test)//2, 4)) if len(test) else train]
+        parts += [test, in_turn(train).head(max(len(test) // 2, 4)) if len(test) else train]
     return pd.concat(parts)
 
 # %% ../../nbs/76_experiment.runs.ipynb #48cf70bb
 def write_timing(run, seconds):
     "Add the seconds of this start to timing.json; peak memory is that of this process and of the largest of its workers, GiB"
-    path, unit = run.out/'timing.json', 2**30 if sys.platform == 'darwin' else 2**20
-    old = json.loads(path.read_text()) if path.exists() else dict(seconds=0., starts=0)
-    own, worker = (resource.getrusage(w).ru_maxrss/unit for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    write_json(path, dict(seconds=old['seconds'] + seconds, starts=old['starts'] + 1, peak_memory_gib=own, peak_memory_of_a_worker_gib=worker))
+    path, unit = run.out / 'timing.json', 2**30 if sys.platform == 'darwin' else 2**20
+    old = json.loads(path.read_text()) if path.exists() else dict(seconds=0.0, starts=0)
+    own, worker = (resource.getrusage(w).ru_maxrss / unit for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    write_json(
+        path,
+        dict(
+            seconds=old['seconds'] + seconds,
+            starts=old['starts'] + 1,
+            peak_memory_gib=own,
+            peak_memory_of_a_worker_gib=worker,
+        ),
+    )

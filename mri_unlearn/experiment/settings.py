@@ -15,87 +15,164 @@ from ..unlearn.catalog import METHODS, find_method
 # %% ../../nbs/75_experiment.settings.ipynb #4e0428ad
 PAPER = ('full_ft', 'sub_ft', 'ga', 'ga_l1', 'nl', 'ga_ft', 'ga_l1_ft', 'nl_ft', 'nl_ft_amortized')
 
+
 @dataclass(frozen=True)
 class Settings:
     "Every setting of a protocol run"
-    data: str = 'small'             # preset of `simulate_dataset`, where no folder of files is given; '': there must be one
-    test: str = 'auto'              # what is held out: 'folder' (by name), 'patient' (drawn), 'auto' (by folder where that tells)
-    limit_volumes: int = None       # use at most so many volumes of each of the four splits
+
+    data: str = 'small'  # preset of `simulate_dataset`, where no folder of files is given; '': there must be one
+    test: str = 'auto'  # what is held out: 'folder' (by name), 'patient' (drawn), 'auto' (by folder where that tells)
+    limit_volumes: int = None  # use at most so many volumes of each of the four splits
     query: str = "organ == 'knee'"  # what is to be forgotten
     reason: str = 'the organ should not have been part of the training set'
-    seed: int = 1                   # of data, splits and networks; the defaults were found with seed 0
-    mask: str = 'equispaced'        # family of sampling masks
-    center_fraction: float = .08
+    seed: int = 1  # of data, splits and networks; the defaults were found with seed 0
+    mask: str = 'equispaced'  # family of sampling masks
+    center_fraction: float = 0.08
     acceleration: int = 4
-    fixed_mask: bool = False        # one mask for all volumes and epochs, for the planted structure
-    model: str = 'unet'             # or 'varnet'
-    chans: int = 8                  # channels of the first level of the U-Net, or of that in each cascade
-    pools: int = 4                  # its depth
-    cascades: int = 12              # of a VarNet; the next two as well
-    sens_chans: int = 8             # channels of its sensitivity network
+    fixed_mask: bool = False  # one mask for all volumes and epochs, for the planted structure
+    model: str = 'unet'  # or 'varnet'
+    chans: int = 8  # channels of the first level of the U-Net, or of that in each cascade
+    pools: int = 4  # its depth
+    cascades: int = 12  # of a VarNet; the next two as well
+    sens_chans: int = 8  # channels of its sensitivity network
     sens_pools: int = 4
-    precision: str = ''             # 'bfloat16': inside of the networks, for GPUs; '': float32 everywhere
-    loss: str = 'l1'                # of all networks and all methods
-    epochs: int = 16                # of Original, Oracle and the network of the forget set
+    precision: str = ''  # 'bfloat16': inside of the networks, for GPUs; '': float32 everywhere
+    loss: str = 'l1'  # of all networks and all methods
+    epochs: int = 16  # of Original, Oracle and the network of the forget set
     bs: int = 1
     lr: float = 2e-3
-    schedule: str = 'one_cycle'     # lr is its peak; or 'constant'
-    train_clip: float = .5          # of the gradient's norm while the reference networks are trained
-    num_workers: int = 0            # processes that read files
+    schedule: str = 'one_cycle'  # lr is its peak; or 'constant'
+    train_clip: float = 0.5  # of the gradient's norm while the reference networks are trained
+    num_workers: int = 0  # processes that read files
     oracle_seeds: int = 3
-    rounds: int = 3                 # of unlearning; the last one is what counts
-    steps: int = 16                 # of the optimiser in a round; None: one pass over what the method may see
-    unlearn_bs: int = 4             # slices in a batch of unlearning
-    unlearn_lr: float = 1e-3        # constant, as in the paper
-    clip: float = .5                # of the gradient's norm while unlearning, as in the paper
-    fraction: float = .1            # of the retain set for the comparison of all methods
+    rounds: int = 3  # of unlearning; the last one is what counts
+    steps: int = 16  # of the optimiser in a round; None: one pass over what the method may see
+    unlearn_bs: int = 4  # slices in a batch of unlearning
+    unlearn_lr: float = 1e-3  # constant, as in the paper
+    clip: float = 0.5  # of the gradient's norm while unlearning, as in the paper
+    fraction: float = 0.1  # of the retain set for the comparison of all methods
     methods: tuple = (*PAPER, 'proxy', 'retrain', 'neggrad_hinge')
-    study: tuple = ('proxy', 'nl_ft')       # methods of the retain-fraction study …
-    study_fractions: tuple = (.01, .05, .5) # … and its fractions, besides `fraction`
-    unlearn_seeds: int = 1          # runs of each method and fraction, each with a retain subset and an order of its own
+    study: tuple = ('proxy', 'nl_ft')  # methods of the retain-fraction study …
+    study_fractions: tuple = (0.01, 0.05, 0.5)  # … and its fractions, besides `fraction`
+    unlearn_seeds: int = 1  # runs of each method and fraction, each with a retain subset and an order of its own
     method_settings: dict = field(default_factory=dict)  # method -> settings that replace its defaults; `lr` among them
-    third: int = 6                  # scans of an organ that nobody is trained on (`22_phantom.untrained`), with simulated data
+    third: int = 6  # scans of an organ that nobody is trained on (`22_phantom.untrained`), with simulated data
     hallucination: tuple = ('sub_ft', 'nl_ft', 'proxy')  # methods that also face a planted structure; (): no such test
 
 # %% ../../nbs/75_experiment.settings.ipynb #774a4695
 PRESETS = {
-    'tiny': Settings(data='tiny', pools=3, epochs=25, bs=2, lr=5e-3, train_clip=None, oracle_seeds=2, rounds=2, steps=4, fraction=.5,
-                     seed=0, methods=('full_ft', 'sub_ft', 'ga', 'nl_ft'), study=('nl_ft',), study_fractions=(1.,), hallucination=(), third=0),
+    'tiny': Settings(
+        data='tiny',
+        pools=3,
+        epochs=25,
+        bs=2,
+        lr=5e-3,
+        train_clip=None,
+        oracle_seeds=2,
+        rounds=2,
+        steps=4,
+        fraction=0.5,
+        seed=0,
+        methods=('full_ft', 'sub_ft', 'ga', 'nl_ft'),
+        study=('nl_ft',),
+        study_fractions=(1.0,),
+        hallucination=(),
+        third=0,
+    ),
     'small': Settings(),
-    'medium': Settings(data='medium', model='varnet', center_fraction=.04, acceleration=8, cascades=6, chans=12, sens_chans=4,
-                       precision='bfloat16', loss='ssim', epochs=16, bs=1, lr=1e-3, train_clip=.5, num_workers=4,
-                       steps=160, unlearn_bs=2, unlearn_lr=3e-4, hallucination=()),
-    'paper': Settings(data='', model='varnet', center_fraction=.04, acceleration=8, chans=18, loss='ssim', precision='bfloat16',
-                      epochs=50, bs=1, lr=1e-3, schedule='constant', train_clip=.5, num_workers=8, oracle_seeds=1, rounds=7, steps=None,
-                      unlearn_bs=2, hallucination=())}
+    'medium': Settings(
+        data='medium',
+        model='varnet',
+        center_fraction=0.04,
+        acceleration=8,
+        cascades=6,
+        chans=12,
+        sens_chans=4,
+        precision='bfloat16',
+        loss='ssim',
+        epochs=16,
+        bs=1,
+        lr=1e-3,
+        train_clip=0.5,
+        num_workers=4,
+        steps=160,
+        unlearn_bs=2,
+        unlearn_lr=3e-4,
+        hallucination=(),
+    ),
+    'paper': Settings(
+        data='',
+        model='varnet',
+        center_fraction=0.04,
+        acceleration=8,
+        chans=18,
+        loss='ssim',
+        precision='bfloat16',
+        epochs=50,
+        bs=1,
+        lr=1e-3,
+        schedule='constant',
+        train_clip=0.5,
+        num_workers=8,
+        oracle_seeds=1,
+        rounds=7,
+        steps=None,
+        unlearn_bs=2,
+        hallucination=(),
+    ),
+}
 # what `tiny` needs besides for a VarNet that two cores train in a minute or two
-VARNET = {'tiny': dict(cascades=2, chans=4, pools=2, sens_chans=2, sens_pools=2, epochs=12, bs=1),
-          'small': dict(cascades=3, chans=6, pools=3, sens_chans=3, sens_pools=3)}
+VARNET = {
+    'tiny': dict(cascades=2, chans=4, pools=2, sens_chans=2, sens_pools=2, epochs=12, bs=1),
+    'small': dict(cascades=3, chans=6, pools=3, sens_chans=3, sens_pools=3),
+}
 
 # %% ../../nbs/75_experiment.settings.ipynb #055303c6
-def full(): # read when it is asked for: users may have added methods
+def full():  # read when it is asked for: users may have added methods
     "Settings that replace those of a preset in a full run"
-    return dict(methods=tuple(METHODS), unlearn_seeds=3, study=('proxy', 'nl_ft', 'sub_ft'), study_fractions=(.01, .05, .1, .2, .5, 1.), oracle_seeds=5,
-                hallucination=('sub_ft', 'nl_ft', 'proxy', 'ga_ft', 'neggrad_hinge', 'reset_ft', 'retrain'))
+    return dict(
+        methods=tuple(METHODS),
+        unlearn_seeds=3,
+        study=('proxy', 'nl_ft', 'sub_ft'),
+        study_fractions=(0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
+        oracle_seeds=5,
+        hallucination=('sub_ft', 'nl_ft', 'proxy', 'ga_ft', 'neggrad_hinge', 'reset_ft', 'retrain'),
+    )
 
 # %% ../../nbs/75_experiment.settings.ipynb #a159a3cc
 def prepare(preset, overrides):
     "Settings of a preset with some of them replaced, checked"
-    if preset not in PRESETS: raise DataError(f'unknown preset {preset!r}: expected one of {", ".join(PRESETS)}')
+    if preset not in PRESETS:
+        raise DataError(f'unknown preset {preset!r}: expected one of {", ".join(PRESETS)}')
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     unknown = set(given) - set(Settings.__dataclass_fields__)
-    if unknown: raise DataError(f'unknown setting {", ".join(sorted(unknown))}: expected some of {", ".join(Settings.__dataclass_fields__)}')
+    if unknown:
+        raise DataError(
+            f'unknown setting {", ".join(sorted(unknown))}: expected some of {", ".join(Settings.__dataclass_fields__)}'
+        )
     extra = VARNET.get(preset, {}) if given.get('model') == 'varnet' else {}
     s = replace(PRESETS[preset], **{**extra, **given})
-    for name, known in (('model', ('unet', 'varnet')), ('schedule', ('one_cycle', 'constant')), ('precision', ('', 'bfloat16', 'float16'))):
-        if getattr(s, name) not in known: raise DataError(f'unknown {name} {getattr(s, name)!r}: expected one of {", ".join(map(repr, known))}')
-    for m in (*s.methods, *s.hallucination, *s.method_settings): find_method(m)
+    for name, known in (
+        ('model', ('unet', 'varnet')),
+        ('schedule', ('one_cycle', 'constant')),
+        ('precision', ('', 'bfloat16', 'float16')),
+    ):
+        if getattr(s, name) not in known:
+            raise DataError(f'unknown {name} {getattr(s, name)!r}: expected one of {", ".join(map(repr, known))}')
+    for m in (*s.methods, *s.hallucination, *s.method_settings):
+        find_method(m)
     for m, own in s.method_settings.items():
         takes, own = inspect.signature(METHODS[m].make), {k: v for k, v in own.items() if k != 'lr'}
-        try: takes.bind(**own); METHODS[m].make(**own)      # of its callbacks some refuse a value
-        except (TypeError, ValueError) as e: raise DataError(f'settings of {m}: {e}; it takes lr and {takes}') from e
+        try:
+            takes.bind(**own)
+            METHODS[m].make(**own)  # of its callbacks some refuse a value
+        except (TypeError, ValueError) as e:
+            raise DataError(f'settings of {m}: {e}; it takes lr and {takes}') from e
     for f in (s.fraction, *s.study_fractions):
-        if not 0 < f <= 1: raise DataError(f'retain fraction {f} is not allowed: expected a number above 0 and at most 1')
-    if s.unlearn_seeds < 1: raise DataError('each method has to run at least once: unlearn_seeds is 1 or more')
-    if s.oracle_seeds < 1: raise DataError('the comparison needs at least one Oracle seed')
+        if not 0 < f <= 1:
+            raise DataError(f'retain fraction {f} is not allowed: expected a number above 0 and at most 1')
+    if s.unlearn_seeds < 1:
+        raise DataError('each method has to run at least once: unlearn_seeds is 1 or more')
+    if s.oracle_seeds < 1:
+        raise DataError('the comparison needs at least one Oracle seed')
     return s

@@ -24,10 +24,22 @@ def third_table(scores):
     "Gap to the Oracle on the third organ, with its equivalence test over patients, one row a network"
     m, rows = margin(scores, 'other_test'), []
     for keys in scores[KEYS].drop_duplicates().to_dict('records'):
-        if keys['model'] == 'oracle' and m.seeds < 2: continue
+        if keys['model'] == 'oracle' and m.seeds < 2:
+            continue
         d = paired_differences(scores, keys, 'other_test')
         e = equivalence(d.difference, m)
-        rows.append(dict(keys, third_psnr=d.psnr.mean(), gap_third_db=e.gap, low_third_db=e.low, high_third_db=e.high, margin_third_db=m.db, third=e.word, third_patients=e.n))
+        rows.append(
+            dict(
+                keys,
+                third_psnr=d.psnr.mean(),
+                gap_third_db=e.gap,
+                low_third_db=e.low,
+                high_third_db=e.high,
+                margin_third_db=m.db,
+                third=e.word,
+                third_patients=e.n,
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/80_experiment.tables.ipynb #2cd43473
@@ -35,76 +47,150 @@ def whole_trace(summary, between, rounds):
     "Trace of every method from the Original (0) over the rounds in between to the scored network (the last round)"
     start = summary[summary.model == 'original'].iloc[0]
     ends = summary[summary.model == 'unlearned']
-    parts = [pd.DataFrame(dict(method=e.method, retain_fraction=e.retain_fraction, seed=e.seed, epoch=[0, rounds],
-                               retain_psnr=[start.retain_psnr, e.retain_psnr], forget_psnr=[start.forget_psnr, e.forget_psnr])) for e in ends.itertuples()]
-    if not parts: return None
-    return pd.concat([*parts, *[t for t in between if len(t)]]).sort_values(['method', 'retain_fraction', 'seed', 'epoch'])[TRACE]
+    parts = [
+        pd.DataFrame(
+            dict(
+                method=e.method,
+                retain_fraction=e.retain_fraction,
+                seed=e.seed,
+                epoch=[0, rounds],
+                retain_psnr=[start.retain_psnr, e.retain_psnr],
+                forget_psnr=[start.forget_psnr, e.forget_psnr],
+            )
+        )
+        for e in ends.itertuples()
+    ]
+    if not parts:
+        return None
+    return pd.concat([*parts, *[t for t in between if len(t)]]).sort_values(
+        ['method', 'retain_fraction', 'seed', 'epoch']
+    )[TRACE]
 
 # %% ../../nbs/80_experiment.tables.ipynb #4dc97b6b
 def hallucination_table(
-    planted, # rows of all *.planted.csv, or None
-    null,    # rows of all *.null.csv, or None
-): # DataFrame, one row a network, or None
+    planted,  # rows of all *.planted.csv, or None
+    null,  # rows of all *.null.csv, or None
+):  # DataFrame, one row a network, or None
     "Detection rate of the planted structure with its interval and its test against an Oracle, and mean null-space energies"
     tables = [t for t in (planted, null) if t is not None and len(t)]
-    if not tables: return None
+    if not tables:
+        return None
     out = []
     for keys in pd.concat([t[KEYS] for t in tables]).drop_duplicates().to_dict('records'):
         row = dict(keys)
         if planted is not None and len(planted):
-            of = lambda keys: planted[same_key(planted, keys)].groupby('patient_id')[['at_marks', 'strength']].mean()
+
+            def of(keys):
+                return planted[same_key(planted, keys)].groupby('patient_id')[['at_marks', 'strength']].mean()
+
             control, mine = of(key('oracle')), of(keys)
             other = of(key('oracle', seed=1))
             if len(mine):
                 r = detection_rate(mine.at_marks, control.at_marks)
                 other = other if len(other) else control
-                row |= dict(planted_rate=r['rate'], planted_low=r['low'], planted_high=r['high'], planted_patients=r['n'], planted_threshold=r['threshold'],
-                            planted_strength=mine.strength.mean(), planted_p=rates_differ(mine.at_marks > r['threshold'], other.at_marks > r['threshold']))
+                row |= dict(
+                    planted_rate=r['rate'],
+                    planted_low=r['low'],
+                    planted_high=r['high'],
+                    planted_patients=r['n'],
+                    planted_threshold=r['threshold'],
+                    planted_strength=mine.strength.mean(),
+                    planted_p=rates_differ(mine.at_marks > r['threshold'], other.at_marks > r['threshold']),
+                )
         if null is not None and len(null):
             e = null[same_key(null, keys)]
             for side, split in (('retain', 'retain_test'), ('forget', forget_side(null))):
-                for kind in ('null', 'measurement'): row[f'{kind}_{side}'] = e[e.split == split][f'{kind}_energy'].mean()
+                for kind in ('null', 'measurement'):
+                    row[f'{kind}_{side}'] = e[e.split == split][f'{kind}_energy'].mean()
         out.append(row)
     return pd.DataFrame(out)
 
 # %% ../../nbs/80_experiment.tables.ipynb #701a2f43
-TAKEN = ['margin_retain_db', 'margin_forget_db', 'passes', 'flag', 'planted_rate', 'planted_p', 'null_retain', 'null_forget', 'gap_third_db']
+TAKEN = [
+    'margin_retain_db',
+    'margin_forget_db',
+    'passes',
+    'flag',
+    'planted_rate',
+    'planted_p',
+    'null_retain',
+    'null_forget',
+    'gap_third_db',
+]
+
 
 def with_verdict(summary, verdict):
     "The summary with margins, the sides that a network `passes`, the verdict in words (`flag`), and what it hallucinates"
-    named = lambda r: tuple('' if pd.isna(r[k]) else r[k] for k in KEYS)
-    sides = lambda r: [s for s in ('retain', 'forget') if r.get(f'passes_{s}')]
-    rows = {named(r): r | dict(passes={2: 'both'}.get(len(sides(r)), ''.join(sides(r)) or 'none'), flag=r['verdict']) for r in verdict.to_dict('records')}
-    return summary.assign(**{c: [rows[named(r)].get(c) for r in summary.to_dict('records')] for c in TAKEN if c in verdict or c in ('passes', 'flag')})
+
+    def named(r):
+        return tuple('' if pd.isna(r[k]) else r[k] for k in KEYS)
+
+    def sides(r):
+        return [s for s in ('retain', 'forget') if r.get(f'passes_{s}')]
+
+    rows = {
+        named(r): r | dict(passes={2: 'both'}.get(len(sides(r)), ''.join(sides(r)) or 'none'), flag=r['verdict'])
+        for r in verdict.to_dict('records')
+    }
+    return summary.assign(
+        **{
+            c: [rows[named(r)].get(c) for r in summary.to_dict('records')]
+            for c in TAKEN
+            if c in verdict or c in ('passes', 'flag')
+        }
+    )
 
 # %% ../../nbs/80_experiment.tables.ipynb #27ac8439
 def over_seeds(
-    verdict, # of `verdict_table`
-    cost,    # summary with cost_ratio
-): # DataFrame, one row a method and retain fraction, nearest to the Oracle first
+    verdict,  # of `verdict_table`
+    cost,  # summary with cost_ratio
+):  # DataFrame, one row a method and retain fraction, nearest to the Oracle first
     "Mean, smallest and largest gap over the seeds of each method, how many of them pass, and their mean cost"
     v = verdict[verdict.model == 'unlearned'].merge(cost[[*KEYS, 'cost_ratio']], on=KEYS)
-    if not len(v): return v
+    if not len(v):
+        return v
     rows = []
     for (m, f), g in v.groupby(['method', 'retain_fraction']):
-        gaps = {f'gap_{side}_{what}': getattr(g[f'gap_{side}_db'], what)() for side in ('retain', 'forget') for what in ('mean', 'min', 'max')}
-        rows.append(dict(method=m, retain_fraction=f, seeds=len(g), **gaps, sum_of_mean_gaps=abs(gaps['gap_retain_mean']) + abs(gaps['gap_forget_mean']),
-                         worst_sum=g.sum_abs_gaps_db.max(), pass_retain=int(g.passes_retain.sum()), pass_forget=int(g.passes_forget.sum()), pass_both=int(g.passes.sum()),
-                         agree_above_floor=g.agree_above_floor_db.mean() if 'agree_above_floor_db' in g else np.nan, cost_ratio=g.cost_ratio.mean()))
+        gaps = {
+            f'gap_{side}_{what}': getattr(g[f'gap_{side}_db'], what)()
+            for side in ('retain', 'forget')
+            for what in ('mean', 'min', 'max')
+        }
+        rows.append(
+            dict(
+                method=m,
+                retain_fraction=f,
+                seeds=len(g),
+                **gaps,
+                sum_of_mean_gaps=abs(gaps['gap_retain_mean']) + abs(gaps['gap_forget_mean']),
+                worst_sum=g.sum_abs_gaps_db.max(),
+                pass_retain=int(g.passes_retain.sum()),
+                pass_forget=int(g.passes_forget.sum()),
+                pass_both=int(g.passes.sum()),
+                agree_above_floor=g.agree_above_floor_db.mean() if 'agree_above_floor_db' in g else np.nan,
+                cost_ratio=g.cost_ratio.mean(),
+            )
+        )
     return pd.DataFrame(rows).sort_values('sum_of_mean_gaps', ignore_index=True)
 
 # %% ../../nbs/80_experiment.tables.ipynb #edebdccb
-def joined(tables): return pd.concat(tables, ignore_index=True) if tables else None
+def joined(tables):
+    return pd.concat(tables, ignore_index=True) if tables else None
+
 
 def collect(arm, planted=None):
     "All tables of a run, as CSV, from what the stages left: name -> DataFrame"
     run, settings, work = arm.run, arm.s, []
     results, agree = pd.concat(run.tables('scores')), pd.concat([t for t in run.tables('agree') if len(t)])
     for name, k in arm.networks.items():
-        if run.done(name): work.append({**k, **{n: v for n, v in run.read(name).items() if n in ('slices', 'seconds', 'retain_volumes')}})
+        if run.done(name):
+            work.append(
+                {**k, **{n: v for n, v in run.read(name).items() if n in ('slices', 'seconds', 'retain_volumes')}}
+            )
     work = pd.DataFrame(work)
     found, null = joined(planted.run.tables('planted')) if planted else None, joined(run.tables('null'))
-    if found is not None: found = found.assign(patient_id=found.volume.map(planted.splits.set_index('fname').patient_id))
+    if found is not None:
+        found = found.assign(patient_id=found.volume.map(planted.splits.set_index('fname').patient_id))
     hallucination = hallucination_table(found, null)
     third = joined(run.tables('third'))
     third = third_table(third) if third is not None else None
@@ -113,20 +199,45 @@ def collect(arm, planted=None):
     verdict = verdict_table(results, agree, extra)
     summary = with_verdict(summarise(results, agree, work), verdict)
     trace = whole_trace(summary, run.tables('trace'), settings.rounds)
-    grouped = results.assign(lesions=results.volume.map(arm.splits.set_index('fname').lesions)) if 'lesions' in arm.splits else results
-    more = dict(shared=shared_knowledge(results), collateral=collateral(grouped, ('acquisition', 'site', 'lesions')), memory=holds_memory(results), hallucination=hallucination, planted=found, null_energy=null, third=third)
-    if settings.unlearn_seeds > 1: more['over_seeds'] = over_seeds(verdict, summary)
-    tables = dict(results=results, summary=summary, verdicts=verdict, **more, agreement=agree, work=work, trace=trace, matrix=knowledge_matrix(results))
+    grouped = (
+        results.assign(lesions=results.volume.map(arm.splits.set_index('fname').lesions))
+        if 'lesions' in arm.splits
+        else results
+    )
+    more = dict(
+        shared=shared_knowledge(results),
+        collateral=collateral(grouped, ('acquisition', 'site', 'lesions')),
+        memory=holds_memory(results),
+        hallucination=hallucination,
+        planted=found,
+        null_energy=null,
+        third=third,
+    )
+    if settings.unlearn_seeds > 1:
+        more['over_seeds'] = over_seeds(verdict, summary)
+    tables = dict(
+        results=results,
+        summary=summary,
+        verdicts=verdict,
+        **more,
+        agreement=agree,
+        work=work,
+        trace=trace,
+        matrix=knowledge_matrix(results),
+    )
     for name, t in tables.items():
-        if t is not None: write_csv(run.out/f'{name}.csv', t)
+        if t is not None:
+            write_csv(run.out / f'{name}.csv', t)
     return tables
 
 # %% ../../nbs/80_experiment.tables.ipynb #43261f6b
 def side_names(results):
     "What to call the two sides: the organs, if each side has one of its own"
     organs = {side: set(results[results.split.str.startswith(side)].organ) for side in ('retain', 'forget')}
-    if all(len(o) == 1 for o in organs.values()) and organs['retain'] != organs['forget']: return {k: v.pop() for k, v in organs.items()}
+    if all(len(o) == 1 for o in organs.values()) and organs['retain'] != organs['forget']:
+        return {k: v.pop() for k, v in organs.items()}
     return {'retain': 'retain', 'forget': 'forget'}
+
 
 def knowledge_matrix(results):
     "Columns trained_on, tested_on, psnr, ssim (means over test volumes) and psnr_sd (between volumes)"
@@ -135,5 +246,14 @@ def knowledge_matrix(results):
     for model, on in trained.items():
         for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
             v = results[(results.model == model) & (results.split == split)].groupby('volume')[['psnr', 'ssim']].mean()
-            if len(v): rows.append(dict(trained_on=on, tested_on=names[side], psnr=v.psnr.mean(), ssim=v.ssim.mean(), psnr_sd=v.psnr.std(ddof=1)))
+            if len(v):
+                rows.append(
+                    dict(
+                        trained_on=on,
+                        tested_on=names[side],
+                        psnr=v.psnr.mean(),
+                        ssim=v.ssim.mean(),
+                        psnr_sd=v.psnr.std(ddof=1),
+                    )
+                )
     return pd.DataFrame(rows)

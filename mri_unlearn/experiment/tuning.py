@@ -31,117 +31,210 @@ from ..verdict.names import forget_side, mean_over_patients
 def grid(**values):
     "All combinations: grid(a=(1, 2), b=(3,)) -> [{'a': 1, 'b': 3}, {'a': 2, 'b': 3}]"
     out = [{}]
-    for name, choices in values.items(): out = [o | {name: v} for o in out for v in choices]
+    for name, choices in values.items():
+        out = [o | {name: v} for o in out for v in choices]
     return out
+
 
 LRS = (3e-4, 1e-3, 3e-3)
 TRIALS = {
     'full_ft': grid(lr=(1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
     'sub_ft': grid(lr=(1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
     'ga': grid(lr=(3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
-    'ga_l1': grid(lr=(1e-5, 1e-4, 1e-3), alpha=(.1, 1.)),
-    'nl': grid(lr=LRS, lam=(.05, .2)),
-    'ga_ft': grid(lr=LRS, forget_weight=(.1, 1.)),
-    'ga_l1_ft': grid(lr=LRS, forget_weight=(.1, 1.)),
-    'nl_ft': grid(lr=LRS, lam=(.05, .2)),
-    'nl_ft_amortized': grid(lr=LRS, lam=(.05, .2)),
-    'neggrad_hinge': grid(lr=LRS, distill=(0., 1.)),
-    'scrub_hinge': grid(lr=LRS, alpha=(.1, .5)),
-    'uam': grid(lr=LRS, rho=(.02, .2)),
-    'l1_sparse': grid(lr=LRS, alpha=(.2, 2.)),
-    'bad_teacher': grid(lr=LRS, forget_weight=(.3, 1.)),
-    'encoder_match': grid(lr=LRS, alpha=(.2, 1.)),
-    'nl_pure': grid(lr=LRS, lam=(.3, 1.)),
-    'nl_shifted': grid(lr=LRS, lam=(.05, .2)),
-    'zero_filled_ft': grid(lr=LRS, distill=(0., 1.)),
-    'ssd': grid(lr=LRS, level=(.5, 1.)),
-    'lfssd': grid(lr=LRS, level=(.5, 1.)),
-    'assd': grid(lr=LRS, lam=(.5, 1.)),
-    'salun': grid(lr=LRS, lam=(.05, .2)),
-    'reset_ft': grid(lr=(1e-3, 3e-3, 6e-3), share=(.5, .9)),
-    'proxy': grid(peak=(6., 9., 12.), gamma=(.7, 1.)),
-    'retrain': grid(peak=(1., 2., 3., 5., 8., 12.)),
+    'ga_l1': grid(lr=(1e-5, 1e-4, 1e-3), alpha=(0.1, 1.0)),
+    'nl': grid(lr=LRS, lam=(0.05, 0.2)),
+    'ga_ft': grid(lr=LRS, forget_weight=(0.1, 1.0)),
+    'ga_l1_ft': grid(lr=LRS, forget_weight=(0.1, 1.0)),
+    'nl_ft': grid(lr=LRS, lam=(0.05, 0.2)),
+    'nl_ft_amortized': grid(lr=LRS, lam=(0.05, 0.2)),
+    'neggrad_hinge': grid(lr=LRS, distill=(0.0, 1.0)),
+    'scrub_hinge': grid(lr=LRS, alpha=(0.1, 0.5)),
+    'uam': grid(lr=LRS, rho=(0.02, 0.2)),
+    'l1_sparse': grid(lr=LRS, alpha=(0.2, 2.0)),
+    'bad_teacher': grid(lr=LRS, forget_weight=(0.3, 1.0)),
+    'encoder_match': grid(lr=LRS, alpha=(0.2, 1.0)),
+    'nl_pure': grid(lr=LRS, lam=(0.3, 1.0)),
+    'nl_shifted': grid(lr=LRS, lam=(0.05, 0.2)),
+    'zero_filled_ft': grid(lr=LRS, distill=(0.0, 1.0)),
+    'ssd': grid(lr=LRS, level=(0.5, 1.0)),
+    'lfssd': grid(lr=LRS, level=(0.5, 1.0)),
+    'assd': grid(lr=LRS, lam=(0.5, 1.0)),
+    'salun': grid(lr=LRS, lam=(0.05, 0.2)),
+    'reset_ft': grid(lr=(1e-3, 3e-3, 6e-3), share=(0.5, 0.9)),
+    'proxy': grid(peak=(6.0, 9.0, 12.0), gamma=(0.7, 1.0)),
+    'retrain': grid(peak=(1.0, 2.0, 3.0, 5.0, 8.0, 12.0)),
 }
 
 # %% ../../nbs/83_experiment.tuning.ipynb #7e16aea5
 class Rehearsal(Arm):
     "Trials of methods on a development data set"
+
     traced = False
     trials: dict = {}
-    def begin(self, trials): self.trials = trials; return self
-    def __getstate__(self): return super().__getstate__() | dict(trials=self.trials)
+
+    def begin(self, trials):
+        self.trials = trials
+        return self
+
+    def __getstate__(self):
+        return super().__getstate__() | dict(trials=self.trials)
+
     def trial(self, method, i, progress):
         "Run a method once with its trial settings, and score it"
         own = self.trials[method][i]
-        if 'shadow_level' in inspect.signature(METHODS[method].make).parameters: own = {'shadow_level': self.shadow_level()} | own
+        if 'shadow_level' in inspect.signature(METHODS[method].make).parameters:
+            own = {'shadow_level': self.shadow_level()} | own
         name, s, meter = f'trial_{method}_{i}', replace(self.s, method_settings={method: own}), WorkMeter()
-        learn = unlearned_learner(self.run, s, method, s.fraction, 0, self.splits, [meter, Tick(progress, f'{method}, trial {i + 1}')])
-        self.keep(name, learn.model.eval(), progress, method=method, trial=i, settings=json.dumps(own), slices=meter.slices)
+        learn = unlearned_learner(
+            self.run, s, method, s.fraction, 0, self.splits, [meter, Tick(progress, f'{method}, trial {i + 1}')]
+        )
+        self.keep(
+            name, learn.model.eval(), progress, method=method, trial=i, settings=json.dumps(own), slices=meter.slices
+        )
+
     def reference(self, name, progress):
         own = int(name.partition('_s')[2]) if name in self.names()[1:] else None
-        self.keep(f'score_{name}', None if name == 'zero_filled' else self.network(name).eval(), progress, own, method=name, trial=0, settings='', slices=0)
+        self.keep(
+            f'score_{name}',
+            None if name == 'zero_filled' else self.network(name).eval(),
+            progress,
+            own,
+            method=name,
+            trial=0,
+            settings='',
+            slices=0,
+        )
+
     def shadow_level(self):
         "Share of the Original's gain over zero-filled images, in dB, that Oracles keep on what they were never shown"
         psnr = {n: self.run.read(f'score_{n}')['forget_psnr'] for n in (*self.names(), 'zero_filled')}
-        return round((np.mean([psnr[n] for n in self.names()[1:]]) - psnr['zero_filled'])/(psnr['original'] - psnr['zero_filled']), 3)
+        return round(
+            (np.mean([psnr[n] for n in self.names()[1:]]) - psnr['zero_filled'])
+            / (psnr['original'] - psnr['zero_filled']),
+            3,
+        )
+
     def keep(self, name, model, progress, own=None, **about):
         "Mean PSNR on both sides and agreement with the Oracles, but for `own`, on forget volumes: over patients"
         agree, others = {}, [o for o in range(self.s.oracle_seeds) if o != own]
+
         def compare(r):
-            progress.step(SCORE_COST*len(r.image))
-            if r.row['split'] != 'retain_test' and others: agree[r.row['fname']] = np.mean([*agree_with_oracles(self.run, r, others).values()])
+            progress.step(SCORE_COST * len(r.image))
+            if r.row['split'] != 'retain_test' and others:
+                agree[r.row['fname']] = np.mean([*agree_with_oracles(self.run, r, others).values()])
+
         scores = evaluate(model, self.test_dl, each=compare)
         scores['agree'] = scores.volume.map(agree).astype(float)
-        mean = lambda split, column: mean_over_patients(scores[scores.split == split], ['split'], [column])[column].item()
-        self.run.finish(name, retain_psnr=mean('retain_test', 'psnr'), forget_psnr=mean(forget_side(scores), 'psnr'), forget_agreement=mean(forget_side(scores), 'agree'), **about)
-    def names(self): return ['original', *(f'oracle_s{i}' for i in range(self.s.oracle_seeds))]
+
+        def mean(split, column):
+            return mean_over_patients(scores[scores.split == split], ['split'], [column])[column].item()
+
+        self.run.finish(
+            name,
+            retain_psnr=mean('retain_test', 'psnr'),
+            forget_psnr=mean(forget_side(scores), 'psnr'),
+            forget_agreement=mean(forget_side(scores), 'agree'),
+            **about,
+        )
+
+    def names(self):
+        return ['original', *(f'oracle_s{i}' for i in range(self.s.oracle_seeds))]
+
     def levels(self):
         s, n = self.s, self.splits.groupby('split').slices.sum()
-        looks, each = SCORE_COST*len(self.test_dl.dataset), s.rounds*round_slices(s, 'nl_ft', s.fraction, self.splits)
-        slices = {m: s.epochs*n[['retain_train'] + ['forget_train']*(m == 'original')].sum() for m in self.names()}
-        return [sum(level, []) for level in (
-            [self.job(m, slices[m], self.train, m) for m in self.names()],
-            [self.job(f'images_{m}', looks, self.images, int(m[8:])) for m in self.names()[1:]],
-            [self.job(f'score_{m}', looks, self.reference, m) for m in (*self.names(), 'zero_filled')],
-            [self.job(f'trial_{m}_{i}', each + looks, self.trial, m, i) for m, t in self.trials.items() for i in range(len(t))])]
+        looks, each = (
+            SCORE_COST * len(self.test_dl.dataset),
+            s.rounds * round_slices(s, 'nl_ft', s.fraction, self.splits),
+        )
+        slices = {m: s.epochs * n[['retain_train'] + ['forget_train'] * (m == 'original')].sum() for m in self.names()}
+        return [
+            sum(level, [])
+            for level in (
+                [self.job(m, slices[m], self.train, m) for m in self.names()],
+                [self.job(f'images_{m}', looks, self.images, int(m[8:])) for m in self.names()[1:]],
+                [self.job(f'score_{m}', looks, self.reference, m) for m in (*self.names(), 'zero_filled')],
+                [
+                    self.job(f'trial_{m}_{i}', each + looks, self.trial, m, i)
+                    for m, t in self.trials.items()
+                    for i in range(len(t))
+                ],
+            )
+        ]
+
     def table(self):
         "All trials with their gaps, nearest to the Oracle first within each method"
-        read = lambda names: pd.DataFrame([self.run.read(n) for n in names])
-        oracle = read([f'score_{m}' for m in self.names()[1:]])[['retain_psnr', 'forget_psnr', 'forget_agreement']].mean()
-        t = pd.concat([read(['score_original']), read([f'trial_{m}_{i}' for m, t in self.trials.items() for i in range(len(t))])])
+
+        def read(names):
+            return pd.DataFrame([self.run.read(n) for n in names])
+
+        oracle = read([f'score_{m}' for m in self.names()[1:]])[
+            ['retain_psnr', 'forget_psnr', 'forget_agreement']
+        ].mean()
+        t = pd.concat(
+            [read(['score_original']), read([f'trial_{m}_{i}' for m, t in self.trials.items() for i in range(len(t))])]
+        )
         t = t.assign(gap_retain_db=t.retain_psnr - oracle.retain_psnr, gap_forget_db=t.forget_psnr - oracle.forget_psnr)
-        t['below_floor_db'] = (oracle.forget_agreement - t.forget_agreement).clip(lower=0) if self.s.oracle_seeds > 1 else 0.
+        t['below_floor_db'] = (
+            (oracle.forget_agreement - t.forget_agreement).clip(lower=0) if self.s.oracle_seeds > 1 else 0.0
+        )
         t['distance_db'] = (t.gap_retain_db.abs() + t.gap_forget_db.abs() + t.below_floor_db).fillna(np.inf)
-        return t.sort_values(['method', 'distance_db'], ignore_index=True)[['method', 'trial', 'settings', 'gap_retain_db', 'gap_forget_db', 'below_floor_db', 'distance_db', 'slices']]
+        return t.sort_values(['method', 'distance_db'], ignore_index=True)[
+            ['method', 'trial', 'settings', 'gap_retain_db', 'gap_forget_db', 'below_floor_db', 'distance_db', 'slices']
+        ]
 
 # %% ../../nbs/83_experiment.tuning.ipynb #f8a088d6
 def tune(
-    out,                # folder; holds the development data and networks, trials.csv and tuned.json
-    preset='small',     # of the protocol
-    methods=None,       # names; default: all that have trials
-    seed=0,             # of the development data: not that of the run to come
-    trials=None,        # method -> list of settings; default: `TRIALS`. The same number for each
-    show=True,          # a progress bar
-    jobs=None,          # processes, as in `run_protocol`
-    **settings          # fields of `Settings` that replace those of the preset
-): # DataFrame of all trials
+    out,  # folder; holds the development data and networks, trials.csv and tuned.json
+    preset='small',  # of the protocol
+    methods=None,  # names; default: all that have trials
+    seed=0,  # of the development data: not that of the run to come
+    trials=None,  # method -> list of settings; default: `TRIALS`. The same number for each
+    show=True,  # a progress bar
+    jobs=None,  # processes, as in `run_protocol`
+    **settings,  # fields of `Settings` that replace those of the preset
+):  # DataFrame of all trials
     "Choose settings by as many trials for each method; what is there already is kept. Raises `DataError` for unequal numbers of trials"
     trials = {m: (trials or TRIALS).get(m) for m in methods or (trials or TRIALS)}
     missing = [m for m, t in trials.items() if not t]
-    if missing: raise DataError(f'no trials for {missing[0]!r}: there are some for {", ".join(trials or TRIALS)}; give others with trials=')
-    if len({len(t) for t in trials.values()}) > 1: raise DataError(f'every method needs the same number of trials, found {({m: len(t) for m, t in trials.items()})}')
-    s = prepare(preset, dict(settings, seed=seed, methods=list(trials), study=(), hallucination=(), oracle_seeds=settings.get('oracle_seeds', 2)))
-    if not s.data: raise DataError(f'preset {preset!r} has no simulated data to rehearse with')
+    if missing:
+        raise DataError(
+            f'no trials for {missing[0]!r}: there are some for {", ".join(trials or TRIALS)}; give others with trials='
+        )
+    if len({len(t) for t in trials.values()}) > 1:
+        raise DataError(
+            f'every method needs the same number of trials, found { ({m: len(t) for m, t in trials.items()}) }'
+        )
+    s = prepare(
+        preset,
+        dict(
+            settings,
+            seed=seed,
+            methods=list(trials),
+            study=(),
+            hallucination=(),
+            oracle_seeds=settings.get('oracle_seeds', 2),
+        ),
+    )
+    if not s.data:
+        raise DataError(f'preset {preset!r} has no simulated data to rehearse with')
     out, start = Path(out), time.perf_counter()
-    for f in (out/'stages').glob('score_*.json'):
-        if 'forget_agreement' not in json.loads(f.read_text()): raise DataError(f'{f}: expected the agreement of images, found the scores of an older version; choose another folder, or remove the files score_* and trial_* beside it: the networks are kept')
+    for f in (out / 'stages').glob('score_*.json'):
+        if 'forget_agreement' not in json.loads(f.read_text()):
+            raise DataError(
+                f'{f}: expected the agreement of images, found the scores of an older version; choose another folder, or remove the files score_* and trial_* beside it: the networks are kept'
+            )
     write_config(out, preset, s, None)
     splits = load_splits(out, s, None, show)
     arm = Rehearsal(out, s, splits).begin(trials)
-    record_volumes(arm.run, splits); write_config(out, preset, s, None, splits)
+    record_volumes(arm.run, splits)
+    write_config(out, preset, s, None, splits)
     ahead = run_levels([arm], processes(jobs), show)
-    if ahead or not (out/'timing.json').exists(): write_timing(arm.run, time.perf_counter() - start)
+    if ahead or not (out / 'timing.json').exists():
+        write_timing(arm.run, time.perf_counter() - start)
     table = arm.table()
-    write_csv(out/'trials.csv', table)
-    write_json(out/'tuned.json', {m: json.loads(g.settings.iloc[0]) for m, g in table[table.method != 'original'].groupby('method')})
+    write_csv(out / 'trials.csv', table)
+    write_json(
+        out / 'tuned.json',
+        {m: json.loads(g.settings.iloc[0]) for m, g in table[table.method != 'original'].groupby('method')},
+    )
     return table

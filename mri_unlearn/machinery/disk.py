@@ -23,13 +23,14 @@ class DataError(ValueError):
 def _leftovers(path):
     "Remove what a process that no longer runs has left half written for `path`."
     for p in path.parent.glob(f'.{glob.escape(path.stem)}.part*{path.suffix}'):
-        pid = re.fullmatch(r'part(\d+)', p.name[len(path.stem)+2:len(p.name)-len(path.suffix)])
-        if pid and not psutil.pid_exists(int(pid[1])): p.unlink(missing_ok=True)
+        pid = re.fullmatch(r'part(\d+)', p.name[len(path.stem) + 2 : len(p.name) - len(path.suffix)])
+        if pid and not psutil.pid_exists(int(pid[1])):
+            p.unlink(missing_ok=True)
 
 # %% ../../nbs/06_machinery.disk.ipynb #f5212fac
 @contextmanager
 def atomic_path(
-    path  # where the file shall appear; missing folders are made
+    path,  # where the file shall appear; missing folders are made
 ):
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
@@ -44,17 +45,24 @@ def atomic_path(
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:
         reason = os.strerror(e.errno) if getattr(e, 'errno', None) else str(e).split('\n')[0]
-        raise DataError(f'could not write {path}: {reason}. Free some disk space or choose another folder, then start '
-                        'again; an earlier file of that name is untouched.') from e
+        raise DataError(
+            f'could not write {path}: {reason}. Free some disk space or choose another folder, then start '
+            'again; an earlier file of that name is untouched.'
+        ) from e
     finally:
-        try: tmp.unlink(missing_ok=True)
-        except OSError: pass   # the folder itself may be gone or read-only; the first error is the one to report
+        try:
+            tmp.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder itself may be gone or read-only; the first error is the one to report
 
 # %% ../../nbs/06_machinery.disk.ipynb #7526c028
 def write_json(path, data):
     "Write JSON, whole or not at all"
-    with atomic_path(path) as tmp: Path(tmp).write_text(json.dumps(data, indent=1))
+    with atomic_path(path) as tmp:
+        Path(tmp).write_text(json.dumps(data, indent=1))
+
 
 def write_csv(path, table):
     "Write a table as CSV, whole or not at all"
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False)
+    with atomic_path(path) as tmp:
+        table.to_csv(tmp, index=False)

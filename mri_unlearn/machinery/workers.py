@@ -22,95 +22,150 @@ from tqdm import tqdm
 from .disk import DataError
 
 # %% ../../nbs/07_machinery.workers.ipynb #d48d64c5
-SCORE_COST = 1/3   # a forward pass relative to a forward and a backward pass
+SCORE_COST = 1 / 3  # a forward pass relative to a forward and a backward pass
+
 
 class Progress:
     "A bar over the whole run"
+
     def __init__(self, total, show=True):
-        interval = .5 if sys.stderr.isatty() else 20
-        self.bar = tqdm(total=total, disable=not show, mininterval=interval, unit='slice', dynamic_ncols=True,
-                        bar_format='{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left; {desc}')
-    def say(self, text): self.bar.set_description_str(text, refresh=sys.stderr.isatty())
-    def step(self, n): self.bar.update(n)
+        interval = 0.5 if sys.stderr.isatty() else 20
+        self.bar = tqdm(
+            total=total,
+            disable=not show,
+            mininterval=interval,
+            unit='slice',
+            dynamic_ncols=True,
+            bar_format='{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left; {desc}',
+        )
+
+    def say(self, text):
+        self.bar.set_description_str(text, refresh=sys.stderr.isatty())
+
+    def step(self, n):
+        self.bar.update(n)
 
 # %% ../../nbs/07_machinery.workers.ipynb #72fa57c4
 class Messenger:
     "The progress of a worker: says it to the main process, five times a second at most"
-    def __init__(self, queue): self.queue, self.text, self.n, self.sent = queue, None, 0, time.monotonic()
-    def say(self, text): self.text = text; self.send()
-    def step(self, n): self.n += n; self.send()
+
+    def __init__(self, queue):
+        self.queue, self.text, self.n, self.sent = queue, None, 0, time.monotonic()
+
+    def say(self, text):
+        self.text = text
+        self.send()
+
+    def step(self, n):
+        self.n += n
+        self.send()
+
     def send(self, now=False):
-        if not now and time.monotonic() - self.sent < .2: return
+        if not now and time.monotonic() - self.sent < 0.2:
+            return
         self.queue.put((self.text, self.n))
         self.text, self.n, self.sent = None, 0, time.monotonic()
 
 # %% ../../nbs/07_machinery.workers.ipynb #b84d6ec5
 def end_with_parent():
     "In a worker: if the main process is killed, end as well (Linux; elsewhere a worker ends with its task)"
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # 1: PR_SET_PDEATHSIG
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 # %% ../../nbs/07_machinery.workers.ipynb #3098127b
 def processes(
-    n: int=None, # as asked for
-): # number of processes
+    n: int = None,  # as asked for
+):  # number of processes
     "How many processes to use: as asked for; else one where there is a GPU, and one a core (at most eight) where there is none"
-    if n is not None and n < 1: raise DataError(f'expected at least one process, found {n}')
-    if n: return n
+    if n is not None and n < 1:
+        raise DataError(f'expected at least one process, found {n}')
+    if n:
+        return n
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return 1 if default_device().type == 'cuda' else min(cores, 8)
 
-def _end(*_): raise SystemExit      # not at once: what is half written is removed on the way out
+
+def _end(*_):
+    raise SystemExit  # not at once: what is half written is removed on the way out
+
 
 def _begin(queue, threads):
     end_with_parent()
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, _end)     # Ctrl-C goes to all; the main process says what there is to say
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, _end)  # Ctrl-C goes to all; the main process says what there is to say
     torch.set_num_threads(threads)
     _begin.messenger = Messenger(queue)
     queue.put(os.getpid())
 
+
 def _call(f, args):
-    try: f(*args, progress=_begin.messenger)
-    except SystemExit: os._exit(1)      # the pool would go on with the next task
-    finally: _begin.messenger.send(now=True)
+    try:
+        f(*args, progress=_begin.messenger)
+    except SystemExit:
+        os._exit(1)  # the pool would go on with the next task
+    finally:
+        _begin.messenger.send(now=True)
 
 # %% ../../nbs/07_machinery.workers.ipynb #a9515d35
 class Workers:
     "Processes for independent tasks; one process is this one"
+
     def __init__(self, n, progress):
         self.n, self.progress, self.pids, self.pool = n, progress, [], None
-        if n < 2: return
-        context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')     # `fork` knows what a notebook has defined
+        if n < 2:
+            return
+        context = multiprocessing.get_context(
+            'fork' if sys.platform == 'linux' else 'spawn'
+        )  # `fork` knows what a notebook has defined
         self.queue = context.SimpleQueue()
-        self.pool = ProcessPoolExecutor(n, context, _begin, (self.queue, max(1, torch.get_num_threads()//n)))
-    def __enter__(self): return self
+        self.pool = ProcessPoolExecutor(n, context, _begin, (self.queue, max(1, torch.get_num_threads() // n)))
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, error, *_):
-        if self.pool is None: return
-        if error: self.kill()
+        if self.pool is None:
+            return
+        if error:
+            self.kill()
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.listen()
+
     def kill(self):
         "What has begun is not waited for"
         self.listen()
         for pid in self.pids:
-            try: os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError: pass
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                pass
+
     def listen(self):
         "Pass on what the workers have said"
         while not self.queue.empty():
             said = self.queue.get()
-            if isinstance(said, int): self.pids.append(said); continue
-            if said[0]: self.progress.say(said[0])
-            if said[1]: self.progress.step(said[1])
+            if isinstance(said, int):
+                self.pids.append(said)
+                continue
+            if said[0]:
+                self.progress.say(said[0])
+            if said[1]:
+                self.progress.step(said[1])
+
     def run(self, tasks):
         "Call each (function, arguments) of `tasks`, largest first for best use; returns when all are done, raises the first error"
         if self.pool is None:
-            for f, *args in tasks: f(*args, progress=self.progress)
+            for f, *args in tasks:
+                f(*args, progress=self.progress)
             return
         try:
             todo = [self.pool.submit(_call, f, args) for f, *args in tasks]
             while todo:
-                done, todo = wait(todo, timeout=.2)
+                done, todo = wait(todo, timeout=0.2)
                 self.listen()
-                for d in done: d.result()
+                for d in done:
+                    d.result()
         except BrokenProcessPool as e:
-            raise DataError('a worker process died, perhaps for lack of memory; start again with --jobs 1 (jobs=1): what is finished is kept') from e
+            raise DataError(
+                'a worker process died, perhaps for lack of memory; start again with --jobs 1 (jobs=1): what is finished is kept'
+            ) from e

@@ -29,39 +29,57 @@ from ..signal.kspace import center_crop
 # %% ../../nbs/40_network.learner.ipynb #8b1fc403
 def to_image(
     pred: torch.Tensor,  # [B, 1, h, w], normalised (U-Net), or [B, H, W], an image in the units of the file (VarNet)
-    y: Targets,          # of the same batch
-): # float [B, h, w] in the units of the file
+    y: Targets,  # of the same batch
+):  # float [B, h, w] in the units of the file
     "Undo the normalisation of `data.normalise`, or crop to the target"
     pred = pred.float()
-    if pred.ndim == 3: return center_crop(pred, y.target.shape[-2:])
-    return pred.squeeze(1)*y.std[:, None, None] + y.mean[:, None, None]
+    if pred.ndim == 3:
+        return center_crop(pred, y.target.shape[-2:])
+    return pred.squeeze(1) * y.std[:, None, None] + y.mean[:, None, None]
 
 # %% ../../nbs/40_network.learner.ipynb #36a30111
 class ReconLoss:
     "Reconstruction loss of a batch; `per_item` keeps the slices apart"
+
     kinds = 'l1', 'ssim'
-    def __init__(self, kind: str='l1'):   # 'l1' (fastMRI's U-Net) or 'ssim' (1 - SSIM + 1e-5 L1, E2E-VarNet and the paper)
-        if kind not in self.kinds: raise ValueError(f'unknown loss {kind!r}: expected one of {self.kinds}')
+
+    def __init__(
+        self, kind: str = 'l1'
+    ):  # 'l1' (fastMRI's U-Net) or 'ssim' (1 - SSIM + 1e-5 L1, E2E-VarNet and the paper)
+        if kind not in self.kinds:
+            raise ValueError(f'unknown loss {kind!r}: expected one of {self.kinds}')
         self.kind = kind
+
     def per_item(self, pred, *yb):
         "[B] losses of the slices"
         y = Targets(*yb)
-        if self.kind == 'ssim': return paper_loss_slices(to_image(pred, y), y.target, y.max_value)
-        if pred.ndim == 3: return ((to_image(pred, y) - y.target)/y.std[:, None, None]).abs().mean((1, 2))
-        target = ((y.target - y.mean[:, None, None])/y.std[:, None, None]).clamp(-6, 6)
+        if self.kind == 'ssim':
+            return paper_loss_slices(to_image(pred, y), y.target, y.max_value)
+        if pred.ndim == 3:
+            return ((to_image(pred, y) - y.target) / y.std[:, None, None]).abs().mean((1, 2))
+        target = ((y.target - y.mean[:, None, None]) / y.std[:, None, None]).clamp(-6, 6)
         return (pred.float().squeeze(1) - target).abs().mean((1, 2))
-    def __call__(self, pred, *yb): return self.per_item(pred, *yb).mean()
-    def __repr__(self): return f'ReconLoss({self.kind!r})'
+
+    def __call__(self, pred, *yb):
+        return self.per_item(pred, *yb).mean()
+
+    def __repr__(self):
+        return f'ReconLoss({self.kind!r})'
 
 # %% ../../nbs/40_network.learner.ipynb #f2eaf125
 class VolumeStore:
     "Slices of the current validation, by volume; shared by the metrics that look at them"
-    def reset(self): self.slices, self.last = defaultdict(list), None
+
+    def reset(self):
+        self.slices, self.last = defaultdict(list), None
+
     def add(self, learn):
-        if self.last is learn.yb: return                  # another metric brought this batch already
+        if self.last is learn.yb:
+            return  # another metric brought this batch already
         self.last, y = learn.yb, Targets(*learn.yb)
         for v, s, p, t in zip(y.volume.tolist(), y.slice_num.tolist(), to_image(learn.pred, y).cpu(), y.target.cpu()):
             self.slices[v].append((s, p, t))
+
     def volumes(self):
         "(target, prediction) of every volume, slices in order"
         for items in self.slices.values():
@@ -71,15 +89,25 @@ class VolumeStore:
 # %% ../../nbs/40_network.learner.ipynb #b6248db4
 class VolumeMetric(Metric):
     "Mean over volumes of a volume-level score, in fastai's table"
-    def __init__(self, func, store: VolumeStore): self.func, self.store = func, store
-    def reset(self): self.store.reset()
-    def accumulate(self, learn): self.store.add(learn)
+
+    def __init__(self, func, store: VolumeStore):
+        self.func, self.store = func, store
+
+    def reset(self):
+        self.store.reset()
+
+    def accumulate(self, learn):
+        self.store.add(learn)
+
     @property
     def value(self):
         scores = [self.func(t, p) for t, p in self.store.volumes()]
-        return sum(scores)/len(scores) if scores else None
+        return sum(scores) / len(scores) if scores else None
+
     @property
-    def name(self): return self.func.__name__
+    def name(self):
+        return self.func.__name__
+
 
 def volume_metrics():
     "NMSE, PSNR and SSIM as fastai metrics that share one store"
@@ -89,45 +117,72 @@ def volume_metrics():
 # %% ../../nbs/40_network.learner.ipynb #1ebe0a96
 class WorkMeter(Callback):
     "Counts slices that went forward and backward, and seconds of training"
+
     order = 90
-    def __init__(self): self.slices, self.seconds = 0, 0.
-    def before_fit(self): self.start = None
-    def before_train(self): self.start = time.perf_counter()
-    def after_backward(self): self.slices += len(self.yb[0])
-    def after_train(self): self.seconds += time.perf_counter() - self.start
+
+    def __init__(self):
+        self.slices, self.seconds = 0, 0.0
+
+    def before_fit(self):
+        self.start = None
+
+    def before_train(self):
+        self.start = time.perf_counter()
+
+    def after_backward(self):
+        self.slices += len(self.yb[0])
+
+    def after_train(self):
+        self.seconds += time.perf_counter() - self.start
 
 # %% ../../nbs/40_network.learner.ipynb #55fc0fa7
 class SkipValidation(Callback):
     "No validation between epochs"
-    def before_validate(self): raise CancelValidException
+
+    def before_validate(self):
+        raise CancelValidException
 
 # %% ../../nbs/40_network.learner.ipynb #0bb4b7b5
 class ProgressBar(Callback):
     "One tqdm bar for a whole fit: title, epoch, loss, time left"
+
     order = 95
-    def __init__(self, title='training', disable=None): self.title, self.disable, self.bar = title, disable, None
+
+    def __init__(self, title='training', disable=None):
+        self.title, self.disable, self.bar = title, disable, None
+
     def before_fit(self):
-        self.bar = tqdm(total=self.n_epoch*len(self.dls.train), desc=self.title, disable=self.disable, unit='batch', leave=False)
+        self.bar = tqdm(
+            total=self.n_epoch * len(self.dls.train), desc=self.title, disable=self.disable, unit='batch', leave=False
+        )
+
     def after_batch(self):
         if self.training:
             self.bar.update()
-            self.bar.set_postfix(epoch=f'{self.epoch + 1}/{self.n_epoch}', loss=f'{self.learn.loss.item():.4f}', refresh=False)
+            self.bar.set_postfix(
+                epoch=f'{self.epoch + 1}/{self.n_epoch}', loss=f'{self.learn.loss.item():.4f}', refresh=False
+            )
+
     def after_fit(self):
-        if self.bar is not None: self.bar.close()
-    def after_cancel_fit(self): self.after_fit()
+        if self.bar is not None:
+            self.bar.close()
+
+    def after_cancel_fit(self):
+        self.after_fit()
 
 # %% ../../nbs/40_network.learner.ipynb #0b10f0ec
 @delegates(Learner.__init__)
 def recon_learner(
-    dls,                 # from `recon_dls`
-    model: nn.Module=None, # takes what the loaders give; default: `UNet` (32 channels, 4 poolings), or `VarNet` for loaders of k-space
-    loss='l1',           # 'l1', 'ssim', or an object with `per_item`
-    lr=1e-3,             # default learning rate
-    metrics=None,        # default: volume-level NMSE, PSNR and SSIM
-    **kwargs
-): # a plain fastai Learner
+    dls,  # from `recon_dls`
+    model: nn.Module = None,  # takes what the loaders give; default: `UNet` (32 channels, 4 poolings), or `VarNet` for loaders of k-space
+    loss='l1',  # 'l1', 'ssim', or an object with `per_item`
+    lr=1e-3,  # default learning rate
+    metrics=None,  # default: volume-level NMSE, PSNR and SSIM
+    **kwargs,
+):  # a plain fastai Learner
     "A fastai Learner for reconstruction; trains with Adam, as E2E-VarNet does"
-    if model is None: model = new_unet(0) if dls.train_ds.input == 'image' else new_varnet(0)
+    if model is None:
+        model = new_unet(0) if dls.train_ds.input == 'image' else new_varnet(0)
     loss = ReconLoss(loss) if isinstance(loss, str) else loss
     metrics = volume_metrics() if metrics is None else metrics
     return Learner(dls, model, loss_func=loss, lr=lr, metrics=metrics, opt_func=kwargs.pop('opt_func', Adam), **kwargs)
@@ -135,35 +190,67 @@ def recon_learner(
 # %% ../../nbs/40_network.learner.ipynb #97f1e521
 class Resume(Callback):
     "Keeps the state of a training after an epoch (at most every `every` seconds), and goes on from a state that it finds"
+
     order = 96
-    def __init__(self, path, every=60): self.path, self.every = Path(path), every
+
+    def __init__(self, path, every=60):
+        self.path, self.every = Path(path), every
+
     def before_fit(self):
         self.start, self.losses, self.saved = 0, [], time.perf_counter()
-        if not self.path.is_file(): return
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise DataError(f'{self.path}: damaged ({type(e).__name__}); delete it to train from the beginning') from e
+        if not self.path.is_file():
+            return
+        try:
+            state = torch.load(self.path, map_location='cpu', weights_only=True)
+        except Exception as e:
+            raise DataError(f'{self.path}: damaged ({type(e).__name__}); delete it to train from the beginning') from e
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(dict(state=state['state'], hypers=state['hypers']))
         self.start, self.losses = state['epoch'], state['losses']
         self.dls.train.epoch = self.start - 1
-        if hasattr(self.learn, 'work_meter'): self.learn.work_meter.slices, self.learn.work_meter.seconds = state['work']
+        if hasattr(self.learn, 'work_meter'):
+            self.learn.work_meter.slices, self.learn.work_meter.seconds = state['work']
+
     def before_epoch(self):
-        if self.epoch < self.start: raise CancelEpochException
+        if self.epoch < self.start:
+            raise CancelEpochException
+
     def after_epoch(self):
-        if self.epoch < self.start: return
+        if self.epoch < self.start:
+            return
         self.losses.append(float(self.recorder.values[-1][0]))
-        if time.perf_counter() - self.saved < self.every or self.epoch + 1 == self.n_epoch: return
+        if time.perf_counter() - self.saved < self.every or self.epoch + 1 == self.n_epoch:
+            return
         meter, opt = getattr(self.learn, 'work_meter', None), self.opt.state_dict()
         plain = [{k: v if isinstance(v, bool) else float(v) for k, v in h.items()} for h in opt['hypers']]
-        with atomic_path(self.path) as tmp: torch.save(dict(epoch=self.epoch + 1, model=self.model.state_dict(), losses=self.losses,
-            state=list(opt['state']), hypers=plain, work=(meter.slices, meter.seconds) if meter else (0, 0.)), tmp)
+        with atomic_path(self.path) as tmp:
+            torch.save(
+                dict(
+                    epoch=self.epoch + 1,
+                    model=self.model.state_dict(),
+                    losses=self.losses,
+                    state=list(opt['state']),
+                    hypers=plain,
+                    work=(meter.slices, meter.seconds) if meter else (0, 0.0),
+                ),
+                tmp,
+            )
         self.saved = time.perf_counter()
-    def finish(self): self.path.unlink(missing_ok=True)     # for the caller, once the weights are safe
+
+    def finish(self):
+        self.path.unlink(missing_ok=True)  # for the caller, once the weights are safe
 
 # %% ../../nbs/40_network.learner.ipynb #5daa2598
 class Tick(Callback):
     "Moves the bar of the run while a network is trained"
+
     order = 95
-    def __init__(self, progress, title): self.progress, self.title = progress, title
-    def before_epoch(self): self.progress.say(f'{self.title}, epoch {self.epoch + 1} of {self.n_epoch}')
-    def after_backward(self): self.progress.step(len(self.yb[0]))
+
+    def __init__(self, progress, title):
+        self.progress, self.title = progress, title
+
+    def before_epoch(self):
+        self.progress.say(f'{self.title}, epoch {self.epoch + 1} of {self.n_epoch}')
+
+    def after_backward(self):
+        self.progress.step(len(self.yb[0]))

@@ -17,200 +17,244 @@ from ..signal.kspace import center_crop
 def _sum7(x, dim):
     "Sums over 7 neighbours along `dim`, which gets 6 shorter: four of them, two of them, and the last."
     n = x.shape[dim]
-    two = x.narrow(dim, 0, n-1) + x.narrow(dim, 1, n-1)
-    four = two.narrow(dim, 0, n-3) + two.narrow(dim, 2, n-3)
-    return four.narrow(dim, 0, n-6) + two.narrow(dim, 4, n-6) + x.narrow(dim, 6, n-6)
+    two = x.narrow(dim, 0, n - 1) + x.narrow(dim, 1, n - 1)
+    four = two.narrow(dim, 0, n - 3) + two.narrow(dim, 2, n - 3)
+    return four.narrow(dim, 0, n - 6) + two.narrow(dim, 4, n - 6) + x.narrow(dim, 6, n - 6)
+
 
 def _window_mean(x):
     "Mean over every 7x7 window that lies inside the last two axes."
-    return _sum7(_sum7(x, -2), -1)/49
+    return _sum7(_sum7(x, -2), -1) / 49
 
 # %% ../../nbs/35_network.metrics.ipynb #a34848a0
 def _check_pair(pred, gt):
     if pred.shape != gt.shape:
-        raise ValueError(f"prediction and ground truth must have one shape, found {tuple(pred.shape)} and {tuple(gt.shape)}: "
-            "crop one to the other first")
+        raise ValueError(
+            f'prediction and ground truth must have one shape, found {tuple(pred.shape)} and {tuple(gt.shape)}: '
+            'crop one to the other first'
+        )
     if pred.ndim != 3 or min(pred.shape[-2:]) < 7:
-        raise ValueError(f"expected [slices, rows, columns] with at least 7 rows and 7 columns, found {tuple(pred.shape)}")
+        raise ValueError(
+            f'expected [slices, rows, columns] with at least 7 rows and 7 columns, found {tuple(pred.shape)}'
+        )
     if pred.is_complex() or gt.is_complex():
-        raise ValueError("expected real magnitude images, found complex ones: take abs() or rss() first")
+        raise ValueError('expected real magnitude images, found complex ones: take abs() or rss() first')
+
 
 def _relative(pred, gt, data_range):
     "Both images in units of `data_range`, in single precision or better."
     _check_pair(pred, gt)
     dtype = torch.promote_types(torch.promote_types(pred.dtype, gt.dtype), torch.float32)
-    scale = torch.as_tensor(data_range, dtype=dtype, device=gt.device).detach().expand(len(gt))[:,None,None]
-    return pred.to(dtype)/scale, gt.to(dtype)/scale
+    scale = torch.as_tensor(data_range, dtype=dtype, device=gt.device).detach().expand(len(gt))[:, None, None]
+    return pred.to(dtype) / scale, gt.to(dtype) / scale
 
 # %% ../../nbs/35_network.metrics.ipynb #20aee845
 def ssim_map(
-    pred:torch.Tensor, # Images, real, [B, h, w]
-    gt:torch.Tensor,   # Ground truth, [B, h, w]
-    data_range         # Range that the constants refer to, number or [B], positive, in the images' unit
-)->torch.Tensor: # [B, h-6, w-6], single precision or better, differentiable
+    pred: torch.Tensor,  # Images, real, [B, h, w]
+    gt: torch.Tensor,  # Ground truth, [B, h, w]
+    data_range,  # Range that the constants refer to, number or [B], positive, in the images' unit
+) -> torch.Tensor:  # [B, h-6, w-6], single precision or better, differentiable
     """SSIM of every 7x7 window inside the image: equal weights, sample covariance, K .01/.03 (scikit-image, fastMRI).
     ValueError: shapes that differ, sides below 7, complex images."""
-    x,y = _relative(pred, gt, data_range)
-    ux,uy,uxx,uyy,uxy = _window_mean(torch.stack((x, y, x*x, y*y, x*y)))
-    n = 49/48
-    vx,vy,vxy = n*(uxx-ux*ux),n*(uyy-uy*uy),n*(uxy-ux*uy)
-    c1,c2 = .01**2,.03**2
-    return (2*ux*uy+c1)*(2*vxy+c2)/((ux*ux+uy*uy+c1)*(vx+vy+c2))
+    x, y = _relative(pred, gt, data_range)
+    ux, uy, uxx, uyy, uxy = _window_mean(torch.stack((x, y, x * x, y * y, x * y)))
+    n = 49 / 48
+    vx, vy, vxy = n * (uxx - ux * ux), n * (uyy - uy * uy), n * (uxy - ux * uy)
+    c1, c2 = 0.01**2, 0.03**2
+    return (2 * ux * uy + c1) * (2 * vxy + c2) / ((ux * ux + uy * uy + c1) * (vx + vy + c2))
 
 # %% ../../nbs/35_network.metrics.ipynb #5985c9f0
 def ssim_slices(
-    pred:torch.Tensor, # Images, real, [B, h, w]
-    gt:torch.Tensor,   # Ground truth, [B, h, w]
-    data_range         # Number or [B], positive, in the images' unit
-)->torch.Tensor: # [B], differentiable
+    pred: torch.Tensor,  # Images, real, [B, h, w]
+    gt: torch.Tensor,  # Ground truth, [B, h, w]
+    data_range,  # Number or [B], positive, in the images' unit
+) -> torch.Tensor:  # [B], differentiable
     "Mean SSIM of each item; fastMRI's `SSIMLoss` is 1 minus the mean of this. Raises as `ssim_map`."
-    return ssim_map(pred, gt, data_range).mean((-2,-1))
+    return ssim_map(pred, gt, data_range).mean((-2, -1))
+
 
 def l1_slices(
-    pred:torch.Tensor, # Images, real, [B, h, w]
-    gt:torch.Tensor,   # Ground truth, [B, h, w]
-    data_range         # Number or [B], positive, in the images' unit
-)->torch.Tensor: # [B], differentiable
+    pred: torch.Tensor,  # Images, real, [B, h, w]
+    gt: torch.Tensor,  # Ground truth, [B, h, w]
+    data_range,  # Number or [B], positive, in the images' unit
+) -> torch.Tensor:  # [B], differentiable
     "Mean absolute error of each item, as a share of `data_range`. Raises as `ssim_map`."
-    x,y = _relative(pred, gt, data_range)
-    return (x-y).abs().mean((-2,-1))
+    x, y = _relative(pred, gt, data_range)
+    return (x - y).abs().mean((-2, -1))
+
 
 def paper_loss_slices(
-    pred:torch.Tensor,   # Images, real, [B, h, w]
-    gt:torch.Tensor,     # Ground truth, [B, h, w]
-    data_range,          # Number or [B], positive, in the images' unit
-    l1_weight:float=1e-5 # Weight of the absolute error
-)->torch.Tensor: # [B], differentiable
+    pred: torch.Tensor,  # Images, real, [B, h, w]
+    gt: torch.Tensor,  # Ground truth, [B, h, w]
+    data_range,  # Number or [B], positive, in the images' unit
+    l1_weight: float = 1e-5,  # Weight of the absolute error
+) -> torch.Tensor:  # [B], differentiable
     "The loss of Xue et al. 2024, 1 - SSIM + 1e-5 L1, with L1 as a share of `data_range`. Raises as `ssim_map`."
-    return 1 - ssim_slices(pred, gt, data_range) + l1_weight*l1_slices(pred, gt, data_range)
+    return 1 - ssim_slices(pred, gt, data_range) + l1_weight * l1_slices(pred, gt, data_range)
 
 # %% ../../nbs/35_network.metrics.ipynb #8f1010a6
 def _energy(x, y=None):
     "Sum of (x - y)^2 or of x^2 over a volume; a slice at a time, so that the difference stays in a processor's cache."
-    if torch.is_tensor(x): return float((x if y is None else x-y).square().sum())
-    total = 0.
+    if torch.is_tensor(x):
+        return float((x if y is None else x - y).square().sum())
+    total = 0.0
     for i in range(len(x)):
-        d = x[i] if y is None else x[i]-y[i]
+        d = x[i] if y is None else x[i] - y[i]
         total += float(np.einsum('ij,ij->i', d, d).sum(dtype=np.float64))
     return total
 
-def _db(e, n, maxval): return 10*math.log10(n*maxval**2/e) if e else math.inf
+
+def _db(e, n, maxval):
+    return 10 * math.log10(n * maxval**2 / e) if e else math.inf
 
 # %% ../../nbs/35_network.metrics.ipynb #6a7ac3cb
 def _as_volume(x, device=None):
     "A volume [slices, h, w]: double precision on a GPU; elsewhere on the CPU, single, or double where it comes as doubles or integers."
     x = torch.as_tensor(x, device=device).detach()
-    if x.device.type != 'cuda': x = x.cpu()
-    if not x.is_complex(): x = x.to(torch.float32 if x.is_floating_point() and x.dtype != torch.float64 and not x.is_cuda else torch.float64)
+    if x.device.type != 'cuda':
+        x = x.cpu()
+    if not x.is_complex():
+        x = x.to(
+            torch.float32 if x.is_floating_point() and x.dtype != torch.float64 and not x.is_cuda else torch.float64
+        )
     return x[None] if x.ndim == 2 else x
 
+
 def _no_holes(**volumes):
-    for name,x in volumes.items():
+    for name, x in volumes.items():
         bad = int((~torch.isfinite(torch.as_tensor(x))).sum())
-        if bad: raise ValueError(f"the {name.replace('_', ' ')} holds {bad} values that are NaN or infinite: it cannot be scored")
+        if bad:
+            raise ValueError(
+                f'the {name.replace("_", " ")} holds {bad} values that are NaN or infinite: it cannot be scored'
+            )
+
 
 def _checked(gt, pred, maxval):
     "(gt, pred, maxval, energy of the error, energy of gt), volumes as numpy or on a GPU; or ValueError."
     gt = _as_volume(gt)
     pred = _as_volume(pred, gt.device)
     _check_pair(pred, gt)
-    if not len(gt): raise ValueError("the volume is empty: it has no slices")
-    if not gt.is_cuda: gt,pred = (x.to(torch.promote_types(gt.dtype, pred.dtype)).numpy() for x in (gt, pred))
+    if not len(gt):
+        raise ValueError('the volume is empty: it has no slices')
+    if not gt.is_cuda:
+        gt, pred = (x.to(torch.promote_types(gt.dtype, pred.dtype)).numpy() for x in (gt, pred))
     maxval = float(gt.max() if maxval is None else maxval)
-    with np.errstate(all='ignore'): e,E = _energy(gt, pred),_energy(gt)
-    if not (1e-12 < maxval < 1e12 and e + E < 1e11*maxval**2):
+    with np.errstate(all='ignore'):
+        e, E = _energy(gt, pred), _energy(gt)
+    if not (1e-12 < maxval < 1e12 and e + E < 1e11 * maxval**2):
         _no_holes(ground_truth=gt, prediction=pred)
-        if not torch.is_tensor(gt): gt,pred = gt.astype(np.float64),pred.astype(np.float64)
-        e,E = _energy(gt, pred),_energy(gt)
-    if not E: raise ValueError("the ground truth is zero everywhere: no metric is defined for it")
+        if not torch.is_tensor(gt):
+            gt, pred = gt.astype(np.float64), pred.astype(np.float64)
+        e, E = _energy(gt, pred), _energy(gt)
+    if not E:
+        raise ValueError('the ground truth is zero everywhere: no metric is defined for it')
     if not (maxval > 0 and math.isfinite(maxval)):
         raise ValueError(f"expected a positive finite maximum, found {maxval}: pass the volume's largest value or None")
-    return gt,pred,maxval,e,E
+    return gt, pred, maxval, e, E
 
 # %% ../../nbs/35_network.metrics.ipynb #fdf4d1b3
 def _adds7(x, step, a, b):
     "Sums of 7 values, `step` apart along the last axis of `x`, by way of 2 and 4: the arguments of `np.add`, and where the sums will be (in `b`)."
-    n,m = x.shape[1]-step,x.shape[1]-6*step
-    two,out = a[:,:n],b[:,:m]
-    return [(x[:,:n], x[:,step:], two), (two[:,:m], two[:,2*step:2*step+m], out), (out, two[:,4*step:4*step+m], out), (out, x[:,6*step:], out)],out
+    n, m = x.shape[1] - step, x.shape[1] - 6 * step
+    two, out = a[:, :n], b[:, :m]
+    return [
+        (x[:, :n], x[:, step:], two),
+        (two[:, :m], two[:, 2 * step : 2 * step + m], out),
+        (out, two[:, 4 * step : 4 * step + m], out),
+        (out, x[:, 6 * step :], out),
+    ], out
+
 
 def _ssim_block(rows, w, dtype, maxval):
     "`f(gt, pred)`: SSIM [rows, w-6] of all windows in rows+6 rows of `w` pixels, given as lines. The result is overwritten by the next call."
-    size = (rows+6)*w
-    X,A,B = torch.empty((3, 4, -(-size//16)*16), dtype=getattr(torch, dtype.name)).numpy()[...,:size]
-    down,S = _adds7(X, w, A, B)
-    right,S = _adds7(S, 1, A, X)
+    size = (rows + 6) * w
+    X, A, B = torch.empty((3, 4, -(-size // 16) * 16), dtype=getattr(torch, dtype.name)).numpy()[..., :size]
+    down, S = _adds7(X, w, A, B)
+    right, S = _adds7(S, 1, A, X)
     n = S.shape[1]
-    (uv,squares),(U,Q),plus,minus = (X[:2],X[2:]),(S[:2],S[2:]),S[::2],S[1::2]
-    top,bottom,out = A[:2,:n],B[:2,:n],A[0].reshape(rows+6, w)[:rows,:w-6]
-    D,power = math.frexp(maxval)   # maxval = D*2^power
-    c1,c2,unit = 2*49**2*(.01*D)**2,2*48*49*(.03*D)**2,dtype.type(2.**-power)
+    (uv, squares), (U, Q), plus, minus = (X[:2], X[2:]), (S[:2], S[2:]), S[::2], S[1::2]
+    top, bottom, out = A[:2, :n], B[:2, :n], A[0].reshape(rows + 6, w)[:rows, : w - 6]
+    D, power = math.frexp(maxval)  # maxval = D*2^power
+    c1, c2, unit = 2 * 49**2 * (0.01 * D) ** 2, 2 * 48 * 49 * (0.03 * D) ** 2, dtype.type(2.0**-power)
+
     def block(gt, pred):
-        np.add(gt, pred, uv[0]); np.subtract(gt, pred, uv[1])
-        np.multiply(uv, unit, uv); np.square(uv, squares)
-        for args in down+right: np.add(*args)
-        np.square(U, U); np.multiply(Q, 49, Q); np.subtract(Q, U, Q)
-        np.add(U[0], c1, U[0]); np.add(Q[0], c2, Q[0])
-        np.subtract(plus, minus, top); np.add(plus, minus, bottom)
-        np.multiply(top[0], top[1], top[0]); np.multiply(bottom[0], bottom[1], bottom[0])
+        np.add(gt, pred, uv[0])
+        np.subtract(gt, pred, uv[1])
+        np.multiply(uv, unit, uv)
+        np.square(uv, squares)
+        for args in down + right:
+            np.add(*args)
+        np.square(U, U)
+        np.multiply(Q, 49, Q)
+        np.subtract(Q, U, Q)
+        np.add(U[0], c1, U[0])
+        np.add(Q[0], c2, Q[0])
+        np.subtract(plus, minus, top)
+        np.add(plus, minus, bottom)
+        np.multiply(top[0], top[1], top[0])
+        np.multiply(bottom[0], bottom[1], bottom[0])
         np.divide(top[0], bottom[0], top[0])
         return out
+
     return block
 
 # %% ../../nbs/35_network.metrics.ipynb #f46f8c5a
 def _ssim(gt, pred, maxval):
-    if torch.is_tensor(gt): return float(torch.cat([ssim_slices(*pair, maxval) for pair in zip(pred.split(4), gt.split(4))]).mean())
-    h,w = gt.shape[1:]
-    rows = -(-(h-6)//math.ceil((h-6)*w/24_000))      # blocks of equal height, about 24,000 windows each
-    block,total = _ssim_block(rows, w, gt.dtype, maxval),0.
-    for x,y in zip(gt, pred):
-        for r in range(0, h-6, rows):
-            start = min(r, h-6-rows)                 # the last block reaches back over the one before it
-            lines = slice(start, start+rows+6)
-            total += float(block(x[lines].reshape(-1), y[lines].reshape(-1))[r-start:].sum(0).sum(dtype=np.float64))
-    return total/(len(gt)*(h-6)*(w-6))
+    if torch.is_tensor(gt):
+        return float(torch.cat([ssim_slices(*pair, maxval) for pair in zip(pred.split(4), gt.split(4))]).mean())
+    h, w = gt.shape[1:]
+    rows = -(-(h - 6) // math.ceil((h - 6) * w / 24_000))  # blocks of equal height, about 24,000 windows each
+    block, total = _ssim_block(rows, w, gt.dtype, maxval), 0.0
+    for x, y in zip(gt, pred):
+        for r in range(0, h - 6, rows):
+            start = min(r, h - 6 - rows)  # the last block reaches back over the one before it
+            lines = slice(start, start + rows + 6)
+            total += float(block(x[lines].reshape(-1), y[lines].reshape(-1))[r - start :].sum(0).sum(dtype=np.float64))
+    return total / (len(gt) * (h - 6) * (w - 6))
 
 # %% ../../nbs/35_network.metrics.ipynb #68c1bfc7
 def nmse(
-    gt,         # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
-    pred,       # Reconstruction, same shape
-    maxval=None # Not used; here so that all three are called alike
-)->float: # Share of the volume's energy that is error; 0 is perfect
+    gt,  # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
+    pred,  # Reconstruction, same shape
+    maxval=None,  # Not used; here so that all three are called alike
+) -> float:  # Share of the volume's energy that is error; 0 is perfect
     "||gt - pred||^2 / ||gt||^2 over the whole volume, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume."
-    *_,e,E = _checked(gt, pred, None)
-    return e/E
+    *_, e, E = _checked(gt, pred, None)
+    return e / E
+
 
 def psnr(
-    gt,         # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
-    pred,       # Reconstruction, same shape
-    maxval=None # Peak, in the images' unit; None: the largest value of `gt`
-)->float: # dB; infinite where both are equal
+    gt,  # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
+    pred,  # Reconstruction, same shape
+    maxval=None,  # Peak, in the images' unit; None: the largest value of `gt`
+) -> float:  # dB; infinite where both are equal
     "10 log10(maxval^2/MSE) over the whole volume, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume."
-    gt,_,maxval,e,_ = _checked(gt, pred, maxval)
+    gt, _, maxval, e, _ = _checked(gt, pred, maxval)
     return _db(e, gt.size, maxval)
 
 # %% ../../nbs/35_network.metrics.ipynb #80e3b6eb
 def ssim(
-    gt,         # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
-    pred,       # Reconstruction, same shape
-    maxval=None # Data range, in the images' unit; None: the largest value of the volume `gt`
-)->float: # 1 is perfect
+    gt,  # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
+    pred,  # Reconstruction, same shape
+    maxval=None,  # Data range, in the images' unit; None: the largest value of the volume `gt`
+) -> float:  # 1 is perfect
     "Mean over the slices of SSIM, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume, sides below 7."
     return _ssim(*_checked(gt, pred, maxval)[:3])
 
+
 def volume_scores(
-    gt,         # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
-    pred,       # Reconstruction, same shape
-    maxval=None # Peak of PSNR and range of SSIM; None: the largest value of the volume `gt`
-)->dict: # nmse, psnr (dB), ssim
+    gt,  # Ground truth, real, [slices, h, w] or [h, w], numpy or torch
+    pred,  # Reconstruction, same shape
+    maxval=None,  # Peak of PSNR and range of SSIM; None: the largest value of the volume `gt`
+) -> dict:  # nmse, psnr (dB), ssim
     "All three scores of a volume, checked and converted once. ValueError: as the three."
-    gt,pred,maxval,e,E = _checked(gt, pred, maxval)
-    return dict(nmse=e/E, psnr=_db(e, gt.size, maxval), ssim=_ssim(gt, pred, maxval))
+    gt, pred, maxval, e, E = _checked(gt, pred, maxval)
+    return dict(nmse=e / E, psnr=_db(e, gt.size, maxval), ssim=_ssim(gt, pred, maxval))
 
 # %% ../../nbs/35_network.metrics.ipynb #a9904df4
 def square_crop(
-    x # Volume or image, numpy or torch, [..., h, w]
+    x,  # Volume or image, numpy or torch, [..., h, w]
 ):
     "The central square as wide as the image, to which fastMRI's evaluate.py crops before it scores; all rows where there are fewer."
-    h,w = x.shape[-2:]
+    h, w = x.shape[-2:]
     return center_crop(x, (min(h, w), w))

@@ -13,64 +13,77 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/30_network.unet.ipynb #345fc0c9
-def _norm_act(chans): return [nn.InstanceNorm2d(chans), nn.LeakyReLU(0.2, inplace=True)]
+def _norm_act(chans):
+    return [nn.InstanceNorm2d(chans), nn.LeakyReLU(0.2, inplace=True)]
 
-def _named(*layers): return nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
+
+def _named(*layers):
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
+
 
 def conv_block(
-    in_chans:int,   # Channels in
-    out_chans:int,  # Channels out
-    drop_prob:float # Probability with which a whole channel is dropped
-)->nn.Sequential: # [B, in_chans, h, w] -> [B, out_chans, h, w]
+    in_chans: int,  # Channels in
+    out_chans: int,  # Channels out
+    drop_prob: float,  # Probability with which a whole channel is dropped
+) -> nn.Sequential:  # [B, in_chans, h, w] -> [B, out_chans, h, w]
     "Twice: 3x3 convolution, instance norm, leaky ReLU, channel dropout. fastMRI's `ConvBlock`."
     layers = []
     for c in (in_chans, out_chans):
         layers += [nn.Conv2d(c, out_chans, 3, padding=1, bias=False), *_norm_act(out_chans), nn.Dropout2d(drop_prob)]
     return _named(*layers)
 
+
 def up_block(
-    in_chans:int, # Channels in
-    out_chans:int # Channels out
-)->nn.Sequential: # [B, in_chans, h, w] -> [B, out_chans, 2h, 2w]
+    in_chans: int,  # Channels in
+    out_chans: int,  # Channels out
+) -> nn.Sequential:  # [B, in_chans, h, w] -> [B, out_chans, 2h, 2w]
     "Doubles the resolution: 2x2 transposed convolution, instance norm, leaky ReLU. fastMRI's `TransposeConvBlock`."
     return _named(nn.ConvTranspose2d(in_chans, out_chans, 2, stride=2, bias=False), *_norm_act(out_chans))
 
 # %% ../../nbs/30_network.unet.ipynb #bb8b74ba
 class UNet(nn.Module):
     "The U-Net of fastMRI 0.3 (`fastmri/models/unet.py`; Ronneberger et al. 2015), with the same state_dict keys."
-    precision = None # dtype of the convolutions while they run, see `set_precision`
-    def __init__(self,
-        in_chans:int=1,        # Channels of the input image
-        out_chans:int=1,       # Channels of the output image
-        chans:int=32,          # Channels after the first block, doubled at each level
-        num_pool_layers:int=4, # How often the resolution is halved
-        drop_prob:float=0.0    # Probability with which a whole channel is dropped
+
+    precision = None  # dtype of the convolutions while they run, see `set_precision`
+
+    def __init__(
+        self,
+        in_chans: int = 1,  # Channels of the input image
+        out_chans: int = 1,  # Channels of the output image
+        chans: int = 32,  # Channels after the first block, doubled at each level
+        num_pool_layers: int = 4,  # How often the resolution is halved
+        drop_prob: float = 0.0,  # Probability with which a whole channel is dropped
     ):
         super().__init__()
-        if num_pool_layers < 1: raise ValueError(f"expected at least 1 pool layer, found {num_pool_layers}")
+        if num_pool_layers < 1:
+            raise ValueError(f'expected at least 1 pool layer, found {num_pool_layers}')
         self.num_pool_layers = num_pool_layers
-        widths = [chans*2**i for i in range(num_pool_layers+1)]
-        down = [conv_block(i, o, drop_prob) for i,o in zip([in_chans]+widths, widths)]
+        widths = [chans * 2**i for i in range(num_pool_layers + 1)]
+        down = [conv_block(i, o, drop_prob) for i, o in zip([in_chans] + widths, widths)]
         # built in fastMRI's order, so that one seed gives the same first weights
-        ups = [(up_block(i, o), conv_block(i, o, drop_prob)) for i,o in zip(widths[:0:-1], widths[-2::-1])]
-        transposed,conv = zip(*ups)
-        self.down_sample_layers,self.conv = nn.ModuleList(down[:-1]),down[-1]
+        ups = [(up_block(i, o), conv_block(i, o, drop_prob)) for i, o in zip(widths[:0:-1], widths[-2::-1])]
+        transposed, conv = zip(*ups)
+        self.down_sample_layers, self.conv = nn.ModuleList(down[:-1]), down[-1]
         self.up_conv = nn.ModuleList([*conv[:-1], nn.Sequential(conv[-1], nn.Conv2d(chans, out_chans, 1))])
         self.up_transpose_conv = nn.ModuleList(transposed)
 
     def _check(self, x):
         small = [n >> self.num_pool_layers for n in x.shape[-2:]]
-        if x.ndim != 4 or 0 in small or small == [1,1]:
+        if x.ndim != 4 or 0 in small or small == [1, 1]:
             n = 2**self.num_pool_layers
-            raise ValueError(f"expected [batch, channels, rows, columns] with rows and columns of at least {n}, one of them "
-                f"at least {2*n} ({self.num_pool_layers} halvings and an instance norm), found shape {tuple(x.shape)}")
+            raise ValueError(
+                f'expected [batch, channels, rows, columns] with rows and columns of at least {n}, one of them '
+                f'at least {2 * n} ({self.num_pool_layers} halvings and an instance norm), found shape {tuple(x.shape)}'
+            )
 
-    def forward(self,
-        x:torch.Tensor # Images, float, [B, in_chans, h, w], normalised per slice
-    )->torch.Tensor: # Float, [B, out_chans, h, w]
+    def forward(
+        self,
+        x: torch.Tensor,  # Images, float, [B, in_chans, h, w], normalised per slice
+    ) -> torch.Tensor:  # Float, [B, out_chans, h, w]
         "Any size from `2**num_pool_layers` on; smaller ones and wrong axes raise ValueError."
         self._check(x)
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None): return self._run(x).to(x.dtype)
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
+            return self._run(x).to(x.dtype)
 
     def _run(self, x):
         skips = []
@@ -78,19 +91,21 @@ class UNet(nn.Module):
             skips.append(block(x))
             x = F.avg_pool2d(skips[-1], 2)
         x = self.conv(x)
-        for up,block in zip(self.up_transpose_conv, self.up_conv):
-            x,skip = up(x),skips.pop()
-            bottom,right = (a-b for a,b in zip(skip.shape[-2:], x.shape[-2:]))
-            if bottom or right: x = F.pad(x, (0,right,0,bottom), mode='reflect')
+        for up, block in zip(self.up_transpose_conv, self.up_conv):
+            x, skip = up(x), skips.pop()
+            bottom, right = (a - b for a, b in zip(skip.shape[-2:], x.shape[-2:]))
+            if bottom or right:
+                x = F.pad(x, (0, right, 0, bottom), mode='reflect')
             x = block(torch.cat([x, skip], dim=1))
         return x
 
 # %% ../../nbs/30_network.unet.ipynb #76d05e7c
 def set_precision(
-    model:nn.Module, # Any network that contains U-Nets
-    dtype            # torch.bfloat16, torch.float16, or None for the precision of the input
-)->nn.Module: # The same network
+    model: nn.Module,  # Any network that contains U-Nets
+    dtype,  # torch.bfloat16, torch.float16, or None for the precision of the input
+) -> nn.Module:  # The same network
     "Let the convolutions of all U-Nets in `model` run in `dtype`; weights, input and output keep theirs."
     for m in model.modules():
-        if isinstance(m, UNet): m.precision = dtype
+        if isinstance(m, UNet):
+            m.precision = dtype
     return model

@@ -17,137 +17,165 @@ from .unet import UNet
 from ..signal.kspace import fft2c, ifft2c, rss
 
 # %% ../../nbs/32_network.varnet.ipynb #325983b9
-def _padding(n): # zeros before and after, up to the next multiple of 16
+def _padding(n):  # zeros before and after, up to the next multiple of 16
     more = -n % 16
-    return more//2, more - more//2
+    return more // 2, more - more // 2
+
 
 class NormUNet(nn.Module):
     "A U-Net for complex images that normalises its input and undoes that afterwards; fastMRI 0.3's `NormUnet`."
-    def __init__(self,
-        chans:int,          # Channels of the U-Net's first level
-        num_pools:int,      # Its depth
-        in_chans:int=2,     # Real numbers a pixel, in
-        out_chans:int=2,    # and out
-        drop_prob:float=0.0 # Of the U-Net's dropout
+
+    def __init__(
+        self,
+        chans: int,  # Channels of the U-Net's first level
+        num_pools: int,  # Its depth
+        in_chans: int = 2,  # Real numbers a pixel, in
+        out_chans: int = 2,  # and out
+        drop_prob: float = 0.0,  # Of the U-Net's dropout
     ):
         super().__init__()
         self.unet = UNet(in_chans, out_chans, chans, num_pools, drop_prob)
 
-    def forward(self,
-        x:torch.Tensor # Complex, [B, 1, h, w], any unit
-    )->torch.Tensor: # The same
+    def forward(
+        self,
+        x: torch.Tensor,  # Complex, [B, 1, h, w], any unit
+    ) -> torch.Tensor:  # The same
         "Real and imaginary part are normalised each for itself (unbiased standard deviation)."
         z = torch.view_as_real(x.squeeze(1)).permute(0, 3, 1, 2)
-        mean,std = z.mean((-2,-1), keepdim=True),z.std((-2,-1), keepdim=True)
-        std = std.clamp_min(torch.finfo(std.dtype).tiny) # an empty image stays empty
-        (top,bottom),(left,right) = (_padding(n) for n in z.shape[-2:])
-        out = self.unet(F.pad((z-mean)/std, (left,right,top,bottom)))
-        out = out[..., top:top+z.shape[-2], left:left+z.shape[-1]]*std + mean
-        return torch.view_as_complex(out.permute(0, 2, 3, 1).contiguous())[:,None]
+        mean, std = z.mean((-2, -1), keepdim=True), z.std((-2, -1), keepdim=True)
+        std = std.clamp_min(torch.finfo(std.dtype).tiny)  # an empty image stays empty
+        (top, bottom), (left, right) = (_padding(n) for n in z.shape[-2:])
+        out = self.unet(F.pad((z - mean) / std, (left, right, top, bottom)))
+        out = out[..., top : top + z.shape[-2], left : left + z.shape[-1]] * std + mean
+        return torch.view_as_complex(out.permute(0, 2, 3, 1).contiguous())[:, None]
 
 # %% ../../nbs/32_network.varnet.ipynb #7cad9b71
 def center_of(
-    mask:torch.Tensor, # Bool, [B, 1, 1, W]
-    num_low=None       # Columns of the fully sampled middle: None or 0 (count them), int, or [B]
-)->torch.Tensor: # Bool, [B, 1, 1, W]
+    mask: torch.Tensor,  # Bool, [B, 1, 1, W]
+    num_low=None,  # Columns of the fully sampled middle: None or 0 (count them), int, or [B]
+) -> torch.Tensor:  # Bool, [B, 1, 1, W]
     "The fully sampled middle of a mask; fastMRI 0.3's `get_pad_and_num_low_freqs`."
-    flat,W = mask[:,0,0].to(torch.int8),mask.shape[-1]
-    left,right = flat[:,:W//2].flip(1).argmin(1),flat[:,W//2:].argmin(1)
-    counted = (2*torch.minimum(left, right)).clamp_min(1)
+    flat, W = mask[:, 0, 0].to(torch.int8), mask.shape[-1]
+    left, right = flat[:, : W // 2].flip(1).argmin(1), flat[:, W // 2 :].argmin(1)
+    counted = (2 * torch.minimum(left, right)).clamp_min(1)
     given = torch.as_tensor(0 if num_low is None else num_low, device=mask.device).expand(len(mask))
-    n = torch.where(given > 0, given, counted)[:,None]
-    pad,i = (W-n+1)//2,torch.arange(W, device=mask.device)[None]
-    return ((i >= pad) & (i < pad+n))[:,None,None]
+    n = torch.where(given > 0, given, counted)[:, None]
+    pad, i = (W - n + 1) // 2, torch.arange(W, device=mask.device)[None]
+    return ((i >= pad) & (i < pad + n))[:, None, None]
 
 # %% ../../nbs/32_network.varnet.ipynb #fa56d3c8
 class SensitivityModel(nn.Module):
     "Sensitivity maps of the coils from the middle of k-space; fastMRI 0.3's `SensitivityModel`."
-    def __init__(self,
-        chans:int,             # Channels of the U-Net's first level
-        num_pools:int,         # Its depth
-        mask_center:bool=True  # False: look at all of the masked k-space
+
+    def __init__(
+        self,
+        chans: int,  # Channels of the U-Net's first level
+        num_pools: int,  # Its depth
+        mask_center: bool = True,  # False: look at all of the masked k-space
     ):
         super().__init__()
-        self.mask_center,self.norm_unet = mask_center,NormUNet(chans, num_pools)
+        self.mask_center, self.norm_unet = mask_center, NormUNet(chans, num_pools)
 
-    def forward(self,
-        masked_kspace:torch.Tensor, # Complex, [B, coils, H, W]
-        mask:torch.Tensor,          # Bool, [B, 1, 1, W]
-        num_low=None                # As in `center_of`
-    )->torch.Tensor: # Complex, [B, coils, H, W], root sum of squares 1
+    def forward(
+        self,
+        masked_kspace: torch.Tensor,  # Complex, [B, coils, H, W]
+        mask: torch.Tensor,  # Bool, [B, 1, 1, W]
+        num_low=None,  # As in `center_of`
+    ) -> torch.Tensor:  # Complex, [B, coils, H, W], root sum of squares 1
         "One map a coil, the same weights for all."
-        if self.mask_center: masked_kspace = torch.where(center_of(mask, num_low), masked_kspace, 0)
+        if self.mask_center:
+            masked_kspace = torch.where(center_of(mask, num_low), masked_kspace, 0)
         images = ifft2c(masked_kspace)
-        maps = self.norm_unet(images.flatten(0, 1)[:,None]).view_as(images)
-        return maps/rss(maps, dim=1)[:,None].clamp_min(torch.finfo(maps.real.dtype).tiny) # nothing heard anywhere: no NaN
+        maps = self.norm_unet(images.flatten(0, 1)[:, None]).view_as(images)
+        return maps / rss(maps, dim=1)[:, None].clamp_min(
+            torch.finfo(maps.real.dtype).tiny
+        )  # nothing heard anywhere: no NaN
 
 # %% ../../nbs/32_network.varnet.ipynb #043bb358
 def expand(x, maps):
     "Image -> k-space of all coils: complex [B, 1, H, W] -> [B, coils, H, W]"
-    return fft2c(x*maps)
+    return fft2c(x * maps)
+
 
 def reduce(kspace, maps):
     "k-space of all coils -> image: the adjoint of `expand`"
-    return (ifft2c(kspace)*maps.conj()).sum(1, keepdim=True)
+    return (ifft2c(kspace) * maps.conj()).sum(1, keepdim=True)
+
 
 class VarNetBlock(nn.Module):
     "One cascade: data consistency and prior; fastMRI 0.3's `VarNetBlock`."
-    def __init__(self, model:nn.Module): # Complex image [B, 1, H, W] -> the same
+
+    def __init__(self, model: nn.Module):  # Complex image [B, 1, H, W] -> the same
         super().__init__()
-        self.model,self.dc_weight = model,nn.Parameter(torch.ones(1))
+        self.model, self.dc_weight = model, nn.Parameter(torch.ones(1))
 
     def terms(self, kspace, measured, mask, maps):
         "What is subtracted from `kspace`: the part of data consistency, and that of the prior"
-        return torch.where(mask, kspace-measured, 0)*self.dc_weight, expand(self.model(reduce(kspace, maps)), maps)
+        return torch.where(mask, kspace - measured, 0) * self.dc_weight, expand(self.model(reduce(kspace, maps)), maps)
 
-    def forward(self,
-        kspace:torch.Tensor,   # Complex, [B, coils, H, W]: where the last cascade has got to
-        measured:torch.Tensor, # Complex, the same shape: the masked k-space
-        mask:torch.Tensor,     # Bool, [B, 1, 1, W]
-        maps:torch.Tensor      # Complex, [B, coils, H, W]
-    )->torch.Tensor: # Complex, [B, coils, H, W]
+    def forward(
+        self,
+        kspace: torch.Tensor,  # Complex, [B, coils, H, W]: where the last cascade has got to
+        measured: torch.Tensor,  # Complex, the same shape: the masked k-space
+        mask: torch.Tensor,  # Bool, [B, 1, 1, W]
+        maps: torch.Tensor,  # Complex, [B, coils, H, W]
+    ) -> torch.Tensor:  # Complex, [B, coils, H, W]
         "k - eta M (k - y) - F S R(S* F^-1 k)"
-        consistency,prior = self.terms(kspace, measured, mask, maps)
+        consistency, prior = self.terms(kspace, measured, mask, maps)
         return kspace - consistency - prior
 
 # %% ../../nbs/32_network.varnet.ipynb #4baee285
 class VarNet(nn.Module):
     "The E2E-VarNet of fastMRI 0.3 (`fastmri/models/varnet.py`; Sriram et al. 2020), with the same state_dict keys, on complex tensors."
-    checkpoint = False # True: recompute each cascade in the backward pass, for a fraction of the memory
-    def __init__(self,
-        num_cascades:int=12,   # Steps
-        sens_chans:int=8,      # Channels of the sensitivity U-Net's first level
-        sens_pools:int=4,      # Its depth
-        chans:int=18,          # Channels of each cascade's U-Net
-        pools:int=4,           # Its depth
-        mask_center:bool=True  # Estimate the sensitivities from the middle of k-space alone
+
+    checkpoint = False  # True: recompute each cascade in the backward pass, for a fraction of the memory
+
+    def __init__(
+        self,
+        num_cascades: int = 12,  # Steps
+        sens_chans: int = 8,  # Channels of the sensitivity U-Net's first level
+        sens_pools: int = 4,  # Its depth
+        chans: int = 18,  # Channels of each cascade's U-Net
+        pools: int = 4,  # Its depth
+        mask_center: bool = True,  # Estimate the sensitivities from the middle of k-space alone
     ):
         super().__init__()
-        if num_cascades < 1: raise ValueError(f"expected at least 1 cascade, found {num_cascades}")
+        if num_cascades < 1:
+            raise ValueError(f'expected at least 1 cascade, found {num_cascades}')
         self.sens_net = SensitivityModel(sens_chans, sens_pools, mask_center)
         self.cascades = nn.ModuleList([VarNetBlock(NormUNet(chans, pools)) for _ in range(num_cascades)])
 
     def _check(self, kspace, mask):
         if kspace.ndim != 4 or not kspace.is_complex():
-            raise ValueError(f"expected complex k-space [batch, coils, rows, columns], found {kspace.dtype} {tuple(kspace.shape)}")
+            raise ValueError(
+                f'expected complex k-space [batch, coils, rows, columns], found {kspace.dtype} {tuple(kspace.shape)}'
+            )
         if mask.shape != (len(kspace), 1, 1, kspace.shape[-1]) or mask.dtype != torch.bool:
-            raise ValueError(f"expected a bool mask {(len(kspace), 1, 1, kspace.shape[-1])}, found {mask.dtype} {tuple(mask.shape)}")
+            raise ValueError(
+                f'expected a bool mask {(len(kspace), 1, 1, kspace.shape[-1])}, found {mask.dtype} {tuple(mask.shape)}'
+            )
 
     def steps(self, masked_kspace, mask, num_low=None):
         "k-space after each cascade, [B, coils, H, W]; the first one is the input. Arguments as in `forward`."
         self._check(masked_kspace, mask)
-        maps,kspace = self.sens_net(masked_kspace, mask, num_low),masked_kspace
+        maps, kspace = self.sens_net(masked_kspace, mask, num_low), masked_kspace
         yield kspace
         for cascade in self.cascades:
-            run = partial(checkpoint, cascade, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else cascade
+            run = (
+                partial(checkpoint, cascade, use_reentrant=False)
+                if self.checkpoint and torch.is_grad_enabled()
+                else cascade
+            )
             kspace = run(kspace, masked_kspace, mask, maps)
             yield kspace
 
-    def forward(self,
-        masked_kspace:torch.Tensor, # Complex, [B, coils, H, W], any unit
-        mask:torch.Tensor,          # Bool, [B, 1, 1, W]
-        num_low=None                # Fully sampled columns in the middle: None or 0 (count them), int, or [B]
-    )->torch.Tensor: # Float, [B, H, W]: the magnitude image in the unit of the input, not yet cropped
+    def forward(
+        self,
+        masked_kspace: torch.Tensor,  # Complex, [B, coils, H, W], any unit
+        mask: torch.Tensor,  # Bool, [B, 1, 1, W]
+        num_low=None,  # Fully sampled columns in the middle: None or 0 (count them), int, or [B]
+    ) -> torch.Tensor:  # Float, [B, H, W]: the magnitude image in the unit of the input, not yet cropped
         "Wrong axes and types raise ValueError."
-        for kspace in self.steps(masked_kspace, mask, num_low): pass
+        for kspace in self.steps(masked_kspace, mask, num_low):
+            pass
         return rss(ifft2c(kspace), dim=1)

@@ -21,49 +21,61 @@ from .varnet import VarNet
 # %% ../../nbs/38_network.weights.ipynb #f06a8ab8
 @contextmanager
 def seeded(
-    seed: int, # of torch's global generator inside the block
+    seed: int,  # of torch's global generator inside the block
 ):
     "Fix torch's random numbers inside a block and leave the state outside as it was"
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
+
 def new_unet(
-    seed: int=0,  # of the initial weights
-    **kwargs,     # chans, num_pool_layers, … of `UNet`
+    seed: int = 0,  # of the initial weights
+    **kwargs,  # chans, num_pool_layers, … of `UNet`
 ):
     "A U-Net whose weights follow from the seed"
-    with seeded(seed): return UNet(**kwargs)
+    with seeded(seed):
+        return UNet(**kwargs)
+
 
 def new_varnet(
-    seed: int=0,  # of the initial weights
-    **kwargs,     # num_cascades, sens_chans, sens_pools, chans, pools of `VarNet`
+    seed: int = 0,  # of the initial weights
+    **kwargs,  # num_cascades, sens_chans, sens_pools, chans, pools of `VarNet`
 ):
     "A VarNet whose weights follow from the seed"
-    with seeded(seed): return VarNet(**kwargs)
+    with seeded(seed):
+        return VarNet(**kwargs)
 
 # %% ../../nbs/38_network.weights.ipynb #96b1c899
 def save_weights(
-    model: nn.Module, # any network
-    path,             # .pt file; appears whole or not at all
+    model: nn.Module,  # any network
+    path,  # .pt file; appears whole or not at all
 ):
     "Write the state_dict of `model`"
-    with atomic_path(path) as tmp: torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, tmp)
+    with atomic_path(path) as tmp:
+        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, tmp)
 
 # %% ../../nbs/38_network.weights.ipynb #073dd920
-PLAIN = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]   # what old checkpoints keep their settings in
+PLAIN = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]  # what old checkpoints keep their settings in
+
 
 def read_weights(
-    path, # .pt file with a state_dict, or a Lightning checkpoint (.ckpt)
-): # dict name -> tensor
+    path,  # .pt file with a state_dict, or a Lightning checkpoint (.ckpt)
+):  # dict name -> tensor
     "Read a state_dict; raises `DataError` if there is none"
     path = Path(path)
-    if not path.is_file(): raise DataError(f'{path}: no such file; expected the weights of a network (.pt or .ckpt)')
+    if not path.is_file():
+        raise DataError(f'{path}: no such file; expected the weights of a network (.pt or .ckpt)')
     try:
-        with torch.serialization.safe_globals(PLAIN): state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise DataError(f'{path}: not a file of weights that can be opened safely ({type(e).__name__}); '
-                                           'expected a state_dict saved with torch.save; where you trust the file, save its state_dict alone') from e
-    if isinstance(state, dict) and isinstance(state.get('state_dict'), dict): state = state['state_dict']   # Lightning
+        with torch.serialization.safe_globals(PLAIN):
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise DataError(
+            f'{path}: not a file of weights that can be opened safely ({type(e).__name__}); '
+            'expected a state_dict saved with torch.save; where you trust the file, save its state_dict alone'
+        ) from e
+    if isinstance(state, dict) and isinstance(state.get('state_dict'), dict):
+        state = state['state_dict']  # Lightning
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise DataError(f'{path}: expected a state_dict (names and tensors), found {type(state).__name__}')
     return state
@@ -72,36 +84,57 @@ def read_weights(
 def _unet_args(state, prefix=''):
     "Width, depth and channels of the U-Net whose weights begin with `prefix`"
     first = state[f'{prefix}down_sample_layers.0.layers.0.weight']
-    pools = len({k.split('.')[0] for k in (n[len(prefix)+19:] for n in state if n.startswith(f'{prefix}down_sample_layers.'))})
+    pools = len(
+        {
+            k.split('.')[0]
+            for k in (n[len(prefix) + 19 :] for n in state if n.startswith(f'{prefix}down_sample_layers.'))
+        }
+    )
     last = state[f'{prefix}up_conv.{pools - 1}.1.weight']
     return dict(in_chans=first.shape[1], out_chans=last.shape[0], chans=first.shape[0], num_pool_layers=pools)
+
 
 def _varnet_args(state):
     "Numbers that make a VarNet, from its weights"
     sens, one = (_unet_args(state, f'{p}unet.') for p in ('sens_net.norm_unet.', 'cascades.0.model.'))
-    return dict(num_cascades=len({k.split('.')[1] for k in state if k.startswith('cascades.')}), sens_chans=sens['chans'],
-                sens_pools=sens['num_pool_layers'], chans=one['chans'], pools=one['num_pool_layers'])
+    return dict(
+        num_cascades=len({k.split('.')[1] for k in state if k.startswith('cascades.')}),
+        sens_chans=sens['chans'],
+        sens_pools=sens['num_pool_layers'],
+        chans=one['chans'],
+        pools=one['num_pool_layers'],
+    )
 
-MARKS = {'cascades.0.dc_weight': (VarNet, _varnet_args), 'down_sample_layers.0.layers.0.weight': (UNet, _unet_args)}   # in this order
+
+MARKS = {
+    'cascades.0.dc_weight': (VarNet, _varnet_args),
+    'down_sample_layers.0.layers.0.weight': (UNet, _unet_args),
+}  # in this order
+
 
 def load_network(
-    path, # written by `save_weights`, a state_dict of fastMRI's U-Net or VarNet, or a Lightning checkpoint of either
-): # UNet or VarNet in eval mode
+    path,  # written by `save_weights`, a state_dict of fastMRI's U-Net or VarNet, or a Lightning checkpoint of either
+):  # UNet or VarNet in eval mode
     "The network whose kind, width and depth are read off its weights; raises `DataError` for anything else"
     state = read_weights(path)
     for mark, (kind, args) in MARKS.items():
-        found = [k[:-len(mark)] for k in state if k.endswith(mark)]
-        if len(found) > 1: raise DataError(f'{path}: holds several networks ({", ".join(found)}); save the one that is meant')
-        if not found: continue
-        state = {k[len(found[0]):]: v for k, v in state.items() if k.startswith(found[0])}
+        found = [k[: -len(mark)] for k in state if k.endswith(mark)]
+        if len(found) > 1:
+            raise DataError(f'{path}: holds several networks ({", ".join(found)}); save the one that is meant')
+        if not found:
+            continue
+        state = {k[len(found[0]) :]: v for k, v in state.items() if k.startswith(found[0])}
         try:
             model = kind(**args(state))
             model.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as e:
             raise DataError(f'{path}: these are not the weights of a {kind.__name__} ({str(e).splitlines()[0]})') from e
         return model.eval()
-    raise DataError(f'{path}: these are not the weights of a U-Net or VarNet; expected the names that fastMRI gives them')
+    raise DataError(
+        f'{path}: these are not the weights of a U-Net or VarNet; expected the names that fastMRI gives them'
+    )
 
-def input_of(model): # 'kspace' for a VarNet, 'image' for everything else
+
+def input_of(model):  # 'kspace' for a VarNet, 'image' for everything else
     "What the loaders must give a network"
     return 'kspace' if isinstance(model, VarNet) else 'image'

@@ -14,14 +14,29 @@ from .tissue import Painter, STEP, _affine, ellipsoid, join, meet, rods
 # %% ../../nbs/11_phantom.brain.ipynb #c9f796d7
 def brain_person(rng):
     "The numbers that make one head"
-    lesions = [((rng.choice([-1, 1])*rng.uniform(12, 34), rng.uniform(-45, 40), rng.uniform(8, 38)), rng.uniform(1.2, 4.5, 3)) for _ in range(rng.integers(0, 14))]
-    return dict(affine=_affine(rng, .04, .05), bend=rng.uniform(1.5, 3.), atrophy=rng.uniform(.3, 1.), vent=rng.uniform(-1.5, 2.),
-                ribbon=rng.uniform(2.5, 3.3), depth=rng.uniform(17, 24), diploe=rng.uniform(1., 3.5), lesions=lesions, shift=rng.uniform(0, 150, 6).astype('float32'))
+    lesions = [
+        (
+            (rng.choice([-1, 1]) * rng.uniform(12, 34), rng.uniform(-45, 40), rng.uniform(8, 38)),
+            rng.uniform(1.2, 4.5, 3),
+        )
+        for _ in range(rng.integers(0, 14))
+    ]
+    return dict(
+        affine=_affine(rng, 0.04, 0.05),
+        bend=rng.uniform(1.5, 3.0),
+        atrophy=rng.uniform(0.3, 1.0),
+        vent=rng.uniform(-1.5, 2.0),
+        ribbon=rng.uniform(2.5, 3.3),
+        depth=rng.uniform(17, 24),
+        diploe=rng.uniform(1.0, 3.5),
+        lesions=lesions,
+        shift=rng.uniform(0, 150, 6).astype('float32'),
+    )
 
 # %% ../../nbs/11_phantom.brain.ipynb #f757e1cb
 def head_outline(x, y, z, m, p):
     "Distances to the large parts of a head"
-    cereb = meet(ellipsoid((x/(1 - .0012*y), y, z), (0, -2, 8), (66, 84, 66)), z + 15, 10)
+    cereb = meet(ellipsoid((x / (1 - 0.0012 * y), y, z), (0, -2, 8), (66, 84, 66)), z + 15, 10)
     cereb = join(cereb, ellipsoid(m, (39, 8, -20), (25, 40, 24)), 8)
     cbl = join(ellipsoid(m, (20, -56, -35), (29, 31, 23)), ellipsoid(p, (0, -58, -30), (22, 26, 24)), 6)
     stem = join(rods(p, [(0, -22, -10), (0, -36, -80)], [12, 8]), ellipsoid(p, (0, -20, -32), (17, 13, 14)), 4)
@@ -34,78 +49,128 @@ def head_outline(x, y, z, m, p):
 def brain_folds(sub, x, y, z, m, p, read, cereb):
     "Distances (mm, 0 on the sheet) to primary and secondary sulci and to the Sylvian fissure"
     near, shift = cereb > -9, sub.p['shift']
-    r = np.sqrt((x/66)**2 + ((y + 2)/84)**2 + ((z - 8)/66)**2)
-    q = p*np.maximum(r, .35)**-.62 + 3.2*np.stack([read(sub.fold, 41*i + shift[:3]) for i in range(3)])
+    r = np.sqrt((x / 66) ** 2 + ((y + 2) / 84) ** 2 + ((z - 8) / 66) ** 2)
+    q = p * np.maximum(r, 0.35) ** -0.62 + 3.2 * np.stack([read(sub.fold, 41 * i + shift[:3]) for i in range(3)])
+
     def sheet(scale, shift):
-        g = np.zeros(x.shape, 'float32'); g[near] = sub.fold.points(scale*q[:, near] + shift[:, None])
-        a, b = np.gradient(g, STEP); slope = a*a + b*b
-        return g/np.sqrt(slope + .35*slope[near].mean() + 1e-9) if near.any() else g + 99
-    wave = [4*read(sub.fold, 60 + 29*i + shift[3:]) for i in range(2)]
-    fissure = np.hypot(np.hypot(z - 3 + .25*y + wave[0], np.maximum(0, 37 - m[0])), np.maximum(0, np.abs(y - 2) - 26))
-    insula = np.hypot(np.hypot(m[0] - 38 + wave[1], np.maximum(0, np.abs(z - 4) - 11)), np.maximum(0, np.abs(y - 3) - 20))
+        g = np.zeros(x.shape, 'float32')
+        g[near] = sub.fold.points(scale * q[:, near] + shift[:, None])
+        a, b = np.gradient(g, STEP)
+        slope = a * a + b * b
+        return g / np.sqrt(slope + 0.35 * slope[near].mean() + 1e-9) if near.any() else g + 99
+
+    wave = [4 * read(sub.fold, 60 + 29 * i + shift[3:]) for i in range(2)]
+    fissure = np.hypot(
+        np.hypot(z - 3 + 0.25 * y + wave[0], np.maximum(0, 37 - m[0])), np.maximum(0, np.abs(y - 2) - 26)
+    )
+    insula = np.hypot(
+        np.hypot(m[0] - 38 + wave[1], np.maximum(0, np.abs(z - 4) - 11)), np.maximum(0, np.abs(y - 3) - 20)
+    )
     return dict(deep=sheet(1, shift[:3]), small=sheet(1.5, shift[3:]), sylv=np.minimum(fissure, insula))
 
 # %% ../../nbs/11_phantom.brain.ipynb #de70b1a3
 def brain_core(sub, x, y, z, m, p):
     "Distances to what lies deep in a brain"
     V = sub.p['vent']
-    vent = rods(m, [(5, 33, 3), (8, 25, 12), (9, 4, 21), (13, -20, 22), (24, -40, 10), (21, -64, 6)], [2, 4 + V, 4 + V, 5 + V, 6 + V, 1.5])
+    vent = rods(
+        m,
+        [(5, 33, 3), (8, 25, 12), (9, 4, 21), (13, -20, 22), (24, -40, 10), (21, -64, 6)],
+        [2, 4 + V, 4 + V, 5 + V, 6 + V, 1.5],
+    )
     vent = join(vent, rods(m, [(24, -38, 8), (34, -22, -10), (32, 0, -19)], [4.5 + V, 2.5, 1.5]), 3)
-    third = np.maximum(ellipsoid(p, (0, -6, 0), (1.6 + .4*V, 13, 10)), ellipsoid(p, (0, -44, -33), (7, 4.5, 9)))
-    nuclei = np.maximum(rods(m, [(12, 20, 5), (14, 14, 14), (19, -8, 23)], [7, 5, 2.5]), ellipsoid(m, (26, 3, 3), (5.5, 17, 11)))
+    third = np.maximum(ellipsoid(p, (0, -6, 0), (1.6 + 0.4 * V, 13, 10)), ellipsoid(p, (0, -44, -33), (7, 4.5, 9)))
+    nuclei = np.maximum(
+        rods(m, [(12, 20, 5), (14, 14, 14), (19, -8, 23)], [7, 5, 2.5]), ellipsoid(m, (26, 3, 3), (5.5, 17, 11))
+    )
     nuclei = np.maximum(nuclei, ellipsoid(m, (11, -16, 5), (9, 14, 9)))
     lesion = np.full_like(x, -50)
     for c, s in sub.p['lesions']:
-        if np.abs(z - c[2]).min() < 12: lesion = np.maximum(lesion, ellipsoid(p, c, s))
-    artery = np.maximum(rods(m, [(6, 3, -13), (24, 7, -9), (38, 10, 0), (40, -14, 6)], [1.7, 1.6, 1.4, .8]),
-                        np.maximum(rods(p, [(0, -5, -18), (1, -8, -60)], [1.9, 1.9]), rods(m, [(2, 8, -8), (1.6, 36, 6), (1.6, 30, 26)], [1.3, 1.3, .8])))
-    return dict(vent=vent, third=third, nuclei=nuclei, pallidum=ellipsoid(m, (19, -2, 1), (4, 9, 7)), lesion=lesion, artery=artery,
-                core=25*(1 - np.sqrt((y/45)**2 + ((z - 4)/25)**2)), leaves=np.sqrt((.75*x)**2 + (y + 26)**2 + .5*(z + 26)**2))
+        if np.abs(z - c[2]).min() < 12:
+            lesion = np.maximum(lesion, ellipsoid(p, c, s))
+    artery = np.maximum(
+        rods(m, [(6, 3, -13), (24, 7, -9), (38, 10, 0), (40, -14, 6)], [1.7, 1.6, 1.4, 0.8]),
+        np.maximum(
+            rods(p, [(0, -5, -18), (1, -8, -60)], [1.9, 1.9]),
+            rods(m, [(2, 8, -8), (1.6, 36, 6), (1.6, 30, 26)], [1.3, 1.3, 0.8]),
+        ),
+    )
+    return dict(
+        vent=vent,
+        third=third,
+        nuclei=nuclei,
+        pallidum=ellipsoid(m, (19, -2, 1), (4, 9, 7)),
+        lesion=lesion,
+        artery=artery,
+        core=25 * (1 - np.sqrt((y / 45) ** 2 + ((z - 4) / 25) ** 2)),
+        leaves=np.sqrt((0.75 * x) ** 2 + (y + 26) ** 2 + 0.5 * (z + 26) ** 2),
+    )
+
 
 def head_base(m, p):
     "Distances to eyes, orbits, sinuses, skull base and the large muscles of a head"
-    return dict(eye=ellipsoid(m, (32, 75, -28), (12, 12, 12)), optic=rods(m, [(32, 62, -28), (8, 22, -26)], [2.2, 2.2]), orbit=ellipsoid(m, (30, 60, -28), (19, 30, 17)),
-                rectus=2.6 - np.abs(ellipsoid(m, (31, 62, -28), (13, 22, 13))),
-                sinus=np.maximum(ellipsoid(p, (0, 62, -42), (15, 32, 24)), ellipsoid(p, (0, 85, -8), (17, 6, 12))),
-                base=np.maximum(ellipsoid(p, (0, 8, -46), (46, 44, 26)), ellipsoid(m, (56, -34, -38), (16, 22, 22))),
-                muscle=np.maximum(ellipsoid(m, (68, 22, -22), (11, 32, 42)), ellipsoid(m, (28, -86, -52), (34, 16, 22))))
+    return dict(
+        eye=ellipsoid(m, (32, 75, -28), (12, 12, 12)),
+        optic=rods(m, [(32, 62, -28), (8, 22, -26)], [2.2, 2.2]),
+        orbit=ellipsoid(m, (30, 60, -28), (19, 30, 17)),
+        rectus=2.6 - np.abs(ellipsoid(m, (31, 62, -28), (13, 22, 13))),
+        sinus=np.maximum(ellipsoid(p, (0, 62, -42), (15, 32, 24)), ellipsoid(p, (0, 85, -8), (17, 6, 12))),
+        base=np.maximum(ellipsoid(p, (0, 8, -46), (46, 44, 26)), ellipsoid(m, (56, -34, -38), (16, 22, 22))),
+        muscle=np.maximum(ellipsoid(m, (68, 22, -22), (11, 32, 42)), ellipsoid(m, (28, -86, -52), (34, 16, 22))),
+    )
 
 # %% ../../nbs/11_phantom.brain.ipynb #d113052e
 def brain_fields(sub, p, read):
     "All smooth fields of a head on a coarse plane, mm"
-    x, y, z = p; m = np.stack([np.abs(x), y, z])
+    x, y, z = p
+    m = np.stack([np.abs(x), y, z])
     out = head_outline(x, y, z, m, p)
-    return {**out, **brain_folds(sub, x, y, z, m, p, read, out['cereb']), **brain_core(sub, x, y, z, m, p), **head_base(m, p), 'x': x, 'y': y, 'z': z}
+    return {
+        **out,
+        **brain_folds(sub, x, y, z, m, p, read, out['cereb']),
+        **brain_core(sub, x, y, z, m, p),
+        **head_base(m, p),
+        'x': x,
+        'y': y,
+        'z': z,
+    }
 
 # %% ../../nbs/11_phantom.brain.ipynb #9c5a7da6
 def paint_brain(sub, w, f, m, m2, low, intra):
     "Everything inside the skull, from front to back; m, m2, low: noise of middle and low frequency, intra: distance inside"
     P, least, most = sub.p, np.minimum, np.maximum
-    h = f['cereb'] + .8*m
-    midline = np.hypot(f['x'] + .6*m, most(0, f['core']))
-    crack = lambda d, depth: np.hypot(d, most(0, least(h, midline + 7) - depth))     # a sheet that ends at a depth
-    D = least(crack(f['deep'] + .5*m2, P['depth'] + 4*low), crack(f['small'] + .4*m, 7 + 3*m2))
-    D = least(least(D, midline), f['sylv'] + .5*m)
-    D = least(D - most(P['atrophy']*(.5 + .7*np.exp(-most(h, 0)/6)) + .2*m2, .1), h)
-    w.add('vessel', least(f['artery'], intra + 2), .8)
-    w.add('vessel', 3.6 - np.hypot(f['x'] + .3*m, 1.3*(1 - intra)) - np.clip(5 - f['z'], 0, 9)*np.clip(f['y'] + 60, 0, 1), 1.2)   # sagittal sinus
-    w.add('csf', least(intra, most(f['vent'] + .5*m, f['third'])), 1.)
-    w.add('lesion', least(least(f['lesion'] + .9*m, D - 3), intra), 1.8)
-    w.add('deep', least(most(f['nuclei'] + .5*m, f['pallidum'] - 2), intra), 1.6)
-    w.add('pallidum', least(f['pallidum'] + .5*m, intra), 1.6)
-    w.add('stem', least(f['stem'] + .4*m, intra), 1.2)
-    paint_cerebellum(w, f, least(f['cbl'] + .5*m, intra), m, m2, low)
-    w.add('white', least(D - P['ribbon'] - .45*m, intra), 1.3)
-    w.add('grey', least(D, intra), .9)
-    w.add('tendon', least(least(intra, .45 - np.abs(f['x'] + .6*m)), -f['core']), .5)   # the falx
-    w.add('vessel', least(intra, (m + m2 - 2.3)*1.2), .8)
+    h = f['cereb'] + 0.8 * m
+    midline = np.hypot(f['x'] + 0.6 * m, most(0, f['core']))
+
+    def crack(d, depth):
+        return np.hypot(d, most(0, least(h, midline + 7) - depth))  # a sheet that ends at a depth
+
+    D = least(crack(f['deep'] + 0.5 * m2, P['depth'] + 4 * low), crack(f['small'] + 0.4 * m, 7 + 3 * m2))
+    D = least(least(D, midline), f['sylv'] + 0.5 * m)
+    D = least(D - most(P['atrophy'] * (0.5 + 0.7 * np.exp(-most(h, 0) / 6)) + 0.2 * m2, 0.1), h)
+    w.add('vessel', least(f['artery'], intra + 2), 0.8)
+    w.add(
+        'vessel',
+        3.6 - np.hypot(f['x'] + 0.3 * m, 1.3 * (1 - intra)) - np.clip(5 - f['z'], 0, 9) * np.clip(f['y'] + 60, 0, 1),
+        1.2,
+    )  # sagittal sinus
+    w.add('csf', least(intra, most(f['vent'] + 0.5 * m, f['third'])), 1.0)
+    w.add('lesion', least(least(f['lesion'] + 0.9 * m, D - 3), intra), 1.8)
+    w.add('deep', least(most(f['nuclei'] + 0.5 * m, f['pallidum'] - 2), intra), 1.6)
+    w.add('pallidum', least(f['pallidum'] + 0.5 * m, intra), 1.6)
+    w.add('stem', least(f['stem'] + 0.4 * m, intra), 1.2)
+    paint_cerebellum(w, f, least(f['cbl'] + 0.5 * m, intra), m, m2, low)
+    w.add('white', least(D - P['ribbon'] - 0.45 * m, intra), 1.3)
+    w.add('grey', least(D, intra), 0.9)
+    w.add('tendon', least(least(intra, 0.45 - np.abs(f['x'] + 0.6 * m)), -f['core']), 0.5)  # the falx
+    w.add('vessel', least(intra, (m + m2 - 2.3) * 1.2), 0.8)
     w.add('csf', intra)
+
 
 def paint_cerebellum(w, f, cb, m, m2, low):
     "Leaves of grey matter and fluid around white matter; cb: distance inside the cerebellum"
-    leaf = np.abs(np.sin(np.pi*(f['leaves'] + 1.2*low + m)/5.2))*1.7
-    w.add('csf', np.minimum(cb, .42 + .25*m2 - leaf - .12*np.maximum(cb - 8, 0)), .6)
-    w.add('white', np.minimum(cb - 2, np.maximum(leaf - 1.25 - .1*m2, (cb - 13 + 2*m)*.6)), 1.)
+    leaf = np.abs(np.sin(np.pi * (f['leaves'] + 1.2 * low + m) / 5.2)) * 1.7
+    w.add('csf', np.minimum(cb, 0.42 + 0.25 * m2 - leaf - 0.12 * np.maximum(cb - 8, 0)), 0.6)
+    w.add('white', np.minimum(cb - 2, np.maximum(leaf - 1.25 - 0.1 * m2, (cb - 13 + 2 * m) * 0.6)), 1.0)
     w.add('grey', cb)
 
 # %% ../../nbs/11_phantom.brain.ipynb #a2f5a547
@@ -113,19 +178,27 @@ def brain_paint(sub, f, read, soft):
     "Tissue fractions of a head: dict tissue -> float32 [n]"
     P, least = sub.p, np.minimum
     m, m2, low = read(sub.mid), read(sub.mid, (40, 20, 60)), read(sub.fold)
-    w = Painter(f['skin'] + .4*low, soft)
-    w.add('skin', 2. + .4*m - f['skin'] - .4*low)
-    intra = f['cav'] + np.clip(.4 + .7*P['atrophy'] + .7*low, .3, 2.5)
+    w = Painter(f['skin'] + 0.4 * low, soft)
+    w.add('skin', 2.0 + 0.4 * m - f['skin'] - 0.4 * low)
+    intra = f['cav'] + np.clip(0.4 + 0.7 * P['atrophy'] + 0.7 * low, 0.3, 2.5)
     paint_brain(sub, w, f, m, m2, low, intra)
-    dip = np.maximum(P['diploe'] + low + .3*m2 - 1.2*np.clip(f['y'] - 60, 0, 1), .2)
+    dip = np.maximum(P['diploe'] + low + 0.3 * m2 - 1.2 * np.clip(f['y'] - 60, 0, 1), 0.2)
     vault = np.maximum(f['z'] + 22, -40 - f['y'])
-    for tissue, s in (('bone', 2.), ('diploe', 2. + dip), ('bone', 3.8 + dip)): w.add(tissue, least(s + intra, vault))
-    w.add('vitreous', f['eye'] - 1.2); w.add('tendon', f['eye']); w.add('nerve', f['optic'])
-    w.add('muscle', least(f['rectus'], (m - .4)*3)); w.add('fat', f['orbit'])
-    w.add('mucosa', least(f['sinus'], (.5 - np.abs(m + .5*m2))*2.5), .8); w.add(None, f['sinus'])
-    w.add('bone', 2.2 + .5*m + intra)
-    for tissue, s in ((None, m2 - 1.), ('bone', m2 - .25), ('marrow', m - .6), ('mucosa', low - 1.2)): w.add(tissue, least(f['base'], s*3))
-    w.add('muscle', least(f['base'] + 12, (low - .1)*5)); w.add('muscle', least(f['muscle'] + .8*m, 9*np.abs(m2) - 1))
-    w.add('vessel', (m2 - 2.2)*2); w.add('tendon', .14 - np.abs(m2 + .4*m), .5)
+    for tissue, s in (('bone', 2.0), ('diploe', 2.0 + dip), ('bone', 3.8 + dip)):
+        w.add(tissue, least(s + intra, vault))
+    w.add('vitreous', f['eye'] - 1.2)
+    w.add('tendon', f['eye'])
+    w.add('nerve', f['optic'])
+    w.add('muscle', least(f['rectus'], (m - 0.4) * 3))
+    w.add('fat', f['orbit'])
+    w.add('mucosa', least(f['sinus'], (0.5 - np.abs(m + 0.5 * m2)) * 2.5), 0.8)
+    w.add(None, f['sinus'])
+    w.add('bone', 2.2 + 0.5 * m + intra)
+    for tissue, s in ((None, m2 - 1.0), ('bone', m2 - 0.25), ('marrow', m - 0.6), ('mucosa', low - 1.2)):
+        w.add(tissue, least(f['base'], s * 3))
+    w.add('muscle', least(f['base'] + 12, (low - 0.1) * 5))
+    w.add('muscle', least(f['muscle'] + 0.8 * m, 9 * np.abs(m2) - 1))
+    w.add('vessel', (m2 - 2.2) * 2)
+    w.add('tendon', 0.14 - np.abs(m2 + 0.4 * m), 0.5)
     w.rest('fat')
     return w.w

@@ -12,70 +12,88 @@ from .contrast import Contrast
 from .tissue import Subject
 
 # %% ../../nbs/15_phantom.coils.ipynb #2ab78eb4
-def smooth_phase(bump,   # float [n, m], a smooth random field
-                 u, v,   # float [n,1] and [1,m], coordinates along rows and columns, in units of 110 mm
-                 coef,   # float [12] standard normal numbers that make this volume
-                 bumps,  # radian per unit of `bump`
-                ):       # radian [n, m]
+def smooth_phase(
+    bump,  # float [n, m], a smooth random field
+    u,
+    v,  # float [n,1] and [1,m], coordinates along rows and columns, in units of 110 mm
+    coef,  # float [12] standard normal numbers that make this volume
+    bumps,  # radian per unit of `bump`
+):  # radian [n, m]
     "Phase of the magnetisation: an offset, slopes, bows and bumps."
-    return (2*coef[0] + coef[1]*u + coef[2]*v + .8*(coef[3]*u*v + coef[4]*u*u + coef[5]*v*v) + .5*(coef[6]*u*v*v + coef[7]*u*u*v)
-            + bumps*bump)
+    return (
+        2 * coef[0]
+        + coef[1] * u
+        + coef[2] * v
+        + 0.8 * (coef[3] * u * v + coef[4] * u * u + coef[5] * v * v)
+        + 0.5 * (coef[6] * u * v * v + coef[7] * u * u * v)
+        + bumps * bump
+    )
 
-def smooth_maps(sub: Subject,
-                p,          # float [3, n, m], positions in mm
-                u, v,       # float [n,1] and [1,m], the same along rows and columns, in units of 110 mm
-                coef,       # float [12] standard normal numbers that make this volume
-                c: Contrast,
-                field_T,    # tesla
-               ):           # phase (radian), gain of everything, gain of fat: float32 [n, m]
+
+def smooth_maps(
+    sub: Subject,
+    p,  # float [3, n, m], positions in mm
+    u,
+    v,  # float [n,1] and [1,m], the same along rows and columns, in units of 110 mm
+    coef,  # float [12] standard normal numbers that make this volume
+    c: Contrast,
+    field_T,  # tesla
+):  # phase (radian), gain of everything, gain of fat: float32 [n, m]
     "Fields that vary slowly over the body."
-    bump = sub.warp.points(p*1.4 + 11)
-    phase = smooth_phase(bump, u, v, coef, (.9 if c.kind == 'gre' else .35)*field_T/3)
-    dome = 1 + (.35 if c.organ == 'brain' else .12)*(field_T/3)**2*np.exp(-(p**2).sum(0)/75**2)
+    bump = sub.warp.points(p * 1.4 + 11)
+    phase = smooth_phase(bump, u, v, coef, (0.9 if c.kind == 'gre' else 0.35) * field_T / 3)
+    dome = 1 + (0.35 if c.organ == 'brain' else 0.12) * (field_T / 3) ** 2 * np.exp(-(p**2).sum(0) / 75**2)
     fat = np.ones_like(bump)
-    if c.fatsat: fat = .05 + .05*np.clip(1 + .5*coef[8], 0, 3) + .3*np.clip(bump - 1.1, 0, 1)
+    if c.fatsat:
+        fat = 0.05 + 0.05 * np.clip(1 + 0.5 * coef[8], 0, 3) + 0.3 * np.clip(bump - 1.1, 0, 1)
     return phase.astype('float32'), dome.astype('float32'), fat.astype('float32')
 
 # %% ../../nbs/15_phantom.coils.ipynb #170d1634
-def loop_field(points,    # float [3, ...], mm
-               centre,    # [3], mm
-               normal,    # [3], direction of the axis, any length
-               radius,    # mm
-               n=48,      # straight pieces
-              ):
+def loop_field(
+    points,  # float [3, ...], mm
+    centre,  # [3], mm
+    normal,  # [3], direction of the axis, any length
+    radius,  # mm
+    n=48,  # straight pieces
+):
     "Magnetic field float32 [3, ...] of a round loop that carries a unit current, without the factor mu0/4pi."
-    normal = np.asarray(normal, float)/np.linalg.norm(normal)
-    u = np.cross(normal, [0, 0, 1.] if abs(normal[2]) < .9 else [1., 0, 0]); u /= np.linalg.norm(u)
+    normal = np.asarray(normal, float) / np.linalg.norm(normal)
+    u = np.cross(normal, [0, 0, 1.0] if abs(normal[2]) < 0.9 else [1.0, 0, 0])
+    u /= np.linalg.norm(u)
     v = np.cross(normal, u)
-    a = 2*np.pi*np.arange(n + 1)/n
-    ring = np.asarray(centre)[:, None] + radius*(np.outer(u, np.cos(a)) + np.outer(v, np.sin(a)))
-    mid, dl = [q.astype('float32')[..., None] for q in ((ring[:, 1:] + ring[:, :-1])/2, np.diff(ring, axis=1))]
-    p = np.asarray(points, 'float32'); shape = p.shape
+    a = 2 * np.pi * np.arange(n + 1) / n
+    ring = np.asarray(centre)[:, None] + radius * (np.outer(u, np.cos(a)) + np.outer(v, np.sin(a)))
+    mid, dl = [q.astype('float32')[..., None] for q in ((ring[:, 1:] + ring[:, :-1]) / 2, np.diff(ring, axis=1))]
+    p = np.asarray(points, 'float32')
+    shape = p.shape
     r = p.reshape(3, 1, -1) - mid
-    w = (r[0]**2 + r[1]**2 + r[2]**2 + 1)**-1.5   # + 1 mm^2: the wire has a thickness
-    b = [((dl[(k+1) % 3]*r[(k+2) % 3] - dl[(k+2) % 3]*r[(k+1) % 3])*w).sum(0) for k in range(3)]
+    w = (r[0] ** 2 + r[1] ** 2 + r[2] ** 2 + 1) ** -1.5  # + 1 mm^2: the wire has a thickness
+    b = [((dl[(k + 1) % 3] * r[(k + 2) % 3] - dl[(k + 2) % 3] * r[(k + 1) % 3]) * w).sum(0) for k in range(3)]
     return np.stack(b).reshape(shape)
 
 # %% ../../nbs/15_phantom.coils.ipynb #c625287b
-def coil_loops(organ,  # 'brain' or 'knee'
-               n,      # coils
-               rng,    # numpy Generator
-              ) -> list: # of (centre [3] mm, normal [3], radius mm)
+def coil_loops(
+    organ,  # 'brain' or 'knee'
+    n,  # coils
+    rng,  # numpy Generator
+) -> list:  # of (centre [3] mm, normal [3], radius mm)
     "Receive loops around an organ."
     rings = 1 if n <= 5 else 2 if n <= 12 else 3
-    a, b, c, z0 = (122., 138., 75., 15.) if organ == 'brain' else (86., 90., 80., 0.)
+    a, b, c, z0 = (122.0, 138.0, 75.0, 15.0) if organ == 'brain' else (86.0, 90.0, 80.0, 0.0)
     out = []
     for i in range(rings):
-        per = n//rings + (i < n % rings)
+        per = n // rings + (i < n % rings)
         for j in range(per):
-            t = 2*np.pi*(j + .5*(i % 2) + rng.uniform(-.08, .08))/per
-            centre = np.array([a*np.cos(t), b*np.sin(t), z0 + .9*c*(i - (rings - 1)/2) + rng.normal(0, 3)])
-            radius = min(.36*np.pi*(a + b)/per, 75.)*rng.uniform(.95, 1.05)*2**.5
-            out.append((centre, np.array([-np.cos(t), -np.sin(t), rng.normal(0, .1)]), min(radius, 80.)))
+            t = 2 * np.pi * (j + 0.5 * (i % 2) + rng.uniform(-0.08, 0.08)) / per
+            centre = np.array([a * np.cos(t), b * np.sin(t), z0 + 0.9 * c * (i - (rings - 1) / 2) + rng.normal(0, 3)])
+            radius = min(0.36 * np.pi * (a + b) / per, 75.0) * rng.uniform(0.95, 1.05) * 2**0.5
+            out.append((centre, np.array([-np.cos(t), -np.sin(t), rng.normal(0, 0.1)]), min(radius, 80.0)))
     return out
 
-def coil_maps(loops, # from `coil_loops`
-              p,     # float [3, ...], mm
-             ):      # complex64 [coils, ...]
+
+def coil_maps(
+    loops,  # from `coil_loops`
+    p,  # float [3, ...], mm
+):  # complex64 [coils, ...]
     "What each loop hears of magnetisation that turns about z."
-    return np.stack([b[0] - 1j*b[1] for b in (loop_field(p, *l) for l in loops)]).astype('complex64')
+    return np.stack([b[0] - 1j * b[1] for b in (loop_field(p, *l) for l in loops)]).astype('complex64')

@@ -16,13 +16,15 @@ from .tissue import FAT_T1, FAT_T2, TISSUES, t1_at
 @dataclass(frozen=True)
 class Site:
     "A simulated hospital with one scanner."
-    name: str       # key in `SITES`
+
+    name: str  # key in `SITES`
     field_T: float  # main magnetic field, tesla
-    coils: int      # receive channels
-    noise: float    # standard deviation of the noise, relative to the first site
-    vendor: str     # for the header
-    model: str      # for the header
-    code: str       # three digits, as in fastMRI's brain file names
+    coils: int  # receive channels
+    noise: float  # standard deviation of the noise, relative to the first site
+    vendor: str  # for the header
+    model: str  # for the header
+    code: str  # three digits, as in fastMRI's brain file names
+
 
 SITES = dict(
     north=Site('north', 2.8936, 8, 1.0, 'SIMULATED', 'Virtual Trio', '203'),
@@ -33,61 +35,78 @@ SITES = dict(
 @dataclass(frozen=True)
 class Contrast:
     "A protocol: what is excited when, and where the slices lie."
-    organ: str               # 'brain' or 'knee'
-    plane: str               # key of `anatomy.PLANES`
-    kind: str                # 'tse' (turbo spin echo), 'ir' (inversion recovery before it) or 'gre' (spoiled gradient echo)
-    tr: tuple                # repetition time, ms, range that volumes are drawn from
-    te: tuple                # echo time, ms
-    ti: tuple = (0., 0.)     # inversion time, ms
-    flip: float = 150.       # flip angle, degrees
-    fov: float = 220.        # reconstructed field of view, mm
-    thickness: float = 5.    # of a slice, mm
-    gap: float = 1.5         # between slices, mm
-    centre: float = 12.      # where the stack of slices is centred, mm
-    lines: float = 1.        # phase-encoding lines per reconstructed column
-    snr: float = 30.         # mean signal / noise, at the first site
-    fatsat: bool = False     # is fat suppressed?
+
+    organ: str  # 'brain' or 'knee'
+    plane: str  # key of `anatomy.PLANES`
+    kind: str  # 'tse' (turbo spin echo), 'ir' (inversion recovery before it) or 'gre' (spoiled gradient echo)
+    tr: tuple  # repetition time, ms, range that volumes are drawn from
+    te: tuple  # echo time, ms
+    ti: tuple = (0.0, 0.0)  # inversion time, ms
+    flip: float = 150.0  # flip angle, degrees
+    fov: float = 220.0  # reconstructed field of view, mm
+    thickness: float = 5.0  # of a slice, mm
+    gap: float = 1.5  # between slices, mm
+    centre: float = 12.0  # where the stack of slices is centred, mm
+    lines: float = 1.0  # phase-encoding lines per reconstructed column
+    snr: float = 30.0  # mean signal / noise, at the first site
+    fatsat: bool = False  # is fat suppressed?
 
 # %% ../../nbs/14_phantom.contrast.ipynb #90c06153
-_knee = dict(fov=150., thickness=3., gap=.6, centre=-4., lines=1.15)
+_knee = dict(fov=150.0, thickness=3.0, gap=0.6, centre=-4.0, lines=1.15)
 CONTRASTS = dict(
-    AXT1=Contrast('brain', 'axial', 'gre', (230., 300.), (2.5, 4.), flip=70., snr=30.),
-    AXT2=Contrast('brain', 'axial', 'tse', (4000., 6000.), (92., 112.), snr=34.),
-    AXFLAIR=Contrast('brain', 'axial', 'ir', (8500., 9500.), (85., 110.), ti=(2400., 2520.), snr=24.),
-    CORPD_FBK=Contrast('knee', 'coronal', 'tse', (2000., 3000.), (27., 34.), snr=28., **_knee),
-    CORPDFS_FBK=Contrast('knee', 'coronal', 'tse', (2200., 3300.), (30., 38.), snr=15., fatsat=True, **_knee),
+    AXT1=Contrast('brain', 'axial', 'gre', (230.0, 300.0), (2.5, 4.0), flip=70.0, snr=30.0),
+    AXT2=Contrast('brain', 'axial', 'tse', (4000.0, 6000.0), (92.0, 112.0), snr=34.0),
+    AXFLAIR=Contrast('brain', 'axial', 'ir', (8500.0, 9500.0), (85.0, 110.0), ti=(2400.0, 2520.0), snr=24.0),
+    CORPD_FBK=Contrast('knee', 'coronal', 'tse', (2000.0, 3000.0), (27.0, 34.0), snr=28.0, **_knee),
+    CORPDFS_FBK=Contrast('knee', 'coronal', 'tse', (2200.0, 3300.0), (30.0, 38.0), snr=15.0, fatsat=True, **_knee),
 )
 
 # %% ../../nbs/14_phantom.contrast.ipynb #5888ff23
-def signal(pd,         # proton density, water = 1
-           t1,         # ms
-           t2,         # ms
-           kind,       # 'tse', 'ir' or 'gre'
-           tr,         # ms
-           te,         # ms
-           ti=0.,      # ms, used by 'ir'
-           flip=90.,   # degrees, used by 'gre'
-          ):
+def signal(
+    pd,  # proton density, water = 1
+    t1,  # ms
+    t2,  # ms
+    kind,  # 'tse', 'ir' or 'gre'
+    tr,  # ms
+    te,  # ms
+    ti=0.0,  # ms, used by 'ir'
+    flip=90.0,  # degrees, used by 'gre'
+):
     "Magnitude of the signal of a tissue. Raises ValueError for another `kind`."
-    e1 = np.exp(-tr/t1)
-    if kind == 'tse': m = 1 - e1
-    elif kind == 'ir': m = np.abs(1 - 2*np.exp(-ti/t1) + e1)
+    e1 = np.exp(-tr / t1)
+    if kind == 'tse':
+        m = 1 - e1
+    elif kind == 'ir':
+        m = np.abs(1 - 2 * np.exp(-ti / t1) + e1)
     elif kind == 'gre':
-        a = np.deg2rad(flip); m = np.sin(a)*(1 - e1)/(1 - np.cos(a)*e1)
-    else: raise ValueError(f"kind must be 'tse', 'ir' or 'gre', not {kind!r}")
-    return pd*m*np.exp(-te/t2)
+        a = np.deg2rad(flip)
+        m = np.sin(a) * (1 - e1) / (1 - np.cos(a) * e1)
+    else:
+        raise ValueError(f"kind must be 'tse', 'ir' or 'gre', not {kind!r}")
+    return pd * m * np.exp(-te / t2)
 
 # %% ../../nbs/14_phantom.contrast.ipynb #5fc73a64
-def tissue_signals(field_T,  # tesla
-                   **seq,    # kind, tr, te, ti, flip, as for `signal`
-                  ) -> dict: # tissue -> (water signal, fat signal, float32 [3] relative change of water per unit texture, the same for fat)
+def tissue_signals(
+    field_T,  # tesla
+    **seq,  # kind, tr, te, ti, flip, as for `signal`
+) -> (
+    dict
+):  # tissue -> (water signal, fat signal, float32 [3] relative change of water per unit texture, the same for fat)
     "What every tissue contributes to an image."
     out, e = {}, 1e-3
     for name, t in TISSUES.items():
         t1 = t1_at(t, field_T)
-        water = lambda p=1., a=1., b=1.: signal(t.pd*(1 - t.fat)*p, t1*a, t.t2*b, **seq)
+
+        def water(p=1.0, a=1.0, b=1.0):
+            return signal(t.pd * (1 - t.fat) * p, t1 * a, t.t2 * b, **seq)
+
         s0 = water()
-        slope = [(water(*[1 + e*(i == j) for j in range(3)]) - s0)/(e*s0) if s0 > 1e-6 else 0. for i in range(3)]
-        fat = signal(t.pd*t.fat, FAT_T1*(field_T/1.5)**.25, FAT_T2, **seq)
-        out[name] = np.float32(s0), np.float32(fat), np.clip(slope, -4, 4).astype('float32')*np.float32(t.texture), np.float32(t.texture)
+        slope = [(water(*[1 + e * (i == j) for j in range(3)]) - s0) / (e * s0) if s0 > 1e-6 else 0.0 for i in range(3)]
+        fat = signal(t.pd * t.fat, FAT_T1 * (field_T / 1.5) ** 0.25, FAT_T2, **seq)
+        out[name] = (
+            np.float32(s0),
+            np.float32(fat),
+            np.clip(slope, -4, 4).astype('float32') * np.float32(t.texture),
+            np.float32(t.texture),
+        )
     return out

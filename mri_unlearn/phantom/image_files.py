@@ -18,84 +18,148 @@ from typing import NamedTuple
 import numpy as np
 
 from ..machinery.disk import DataError
-from .image_headers import _about, _sidecar, choose_plane, contrast_of, organ_from, orient, patient_of
+from mri_unlearn.phantom.image_headers import (
+    _about,
+    _sidecar,
+    choose_plane,
+    contrast_of,
+    organ_from,
+    orient,
+    patient_of,
+)
 from .tissue import PLANES
 
 # %% ../../nbs/24_phantom.image_files.ipynb #5934c540
 @dataclass
 class ImageVolume:
     "An image volume that was found and not yet read."
-    root: Path             # the folder that was searched
-    name: str              # path below `root`; a DICOM series: its folder and SeriesInstanceUID; '#2' at the end: third volume of a file or series
-    kind: str              # 'nifti', 'dicom' or 'npy'
-    files: tuple           # paths below `root`; DICOM: one for each slice, in order
-    patient: str           # by the rule of `patient_of`
-    shape: tuple           # of the array, axes as stored: [slices, rows, cols]; NIfTI: the reverse of the header's order
-    steps: np.ndarray=None # float [3, 3] mm in the patient along these axes, see `orient`; None: unknown
-    spacing: tuple=None    # mm along these axes, where `steps` is unknown
-    contrast: str=''       # from `contrast_of`
-    about: dict=field(default_factory=dict) # field_T, tr_ms, te_ms, ti_ms, flip_deg, body_part, position, as far as known
-    index: int=0           # volume in a 4-D file
-    frames: tuple=()       # DICOM: which frame of each of `files`
+
+    root: Path  # the folder that was searched
+    name: str  # path below `root`; a DICOM series: its folder and SeriesInstanceUID; '#2' at the end: third volume of a file or series
+    kind: str  # 'nifti', 'dicom' or 'npy'
+    files: tuple  # paths below `root`; DICOM: one for each slice, in order
+    patient: str  # by the rule of `patient_of`
+    shape: tuple  # of the array, axes as stored: [slices, rows, cols]; NIfTI: the reverse of the header's order
+    steps: np.ndarray = None  # float [3, 3] mm in the patient along these axes, see `orient`; None: unknown
+    spacing: tuple = None  # mm along these axes, where `steps` is unknown
+    contrast: str = ''  # from `contrast_of`
+    about: dict = field(
+        default_factory=dict
+    )  # field_T, tr_ms, te_ms, ti_ms, flip_deg, body_part, position, as far as known
+    index: int = 0  # volume in a 4-D file
+    frames: tuple = ()  # DICOM: which frame of each of `files`
+
 
 def _need(module, what):
     "An optional package, or the message how to get it."
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ImportError as e:
-        raise DataError(f'{what} files need the package {module}, which is not installed: pip install "mri_unlearn[images]".') from e
+        raise DataError(
+            f'{what} files need the package {module}, which is not installed: pip install "mri_unlearn[images]".'
+        ) from e
 
 # %% ../../nbs/24_phantom.image_files.ipynb #4b2e42ac
 def _volumes_in(path, shape):
     "Number of volumes of an array; raises `DataError` unless it has 3 axes, or 4."
     shape = tuple(shape)
-    while len(shape) > 4 and shape[-1] == 1: shape = shape[:-1]
+    while len(shape) > 4 and shape[-1] == 1:
+        shape = shape[:-1]
     if len(shape) not in (3, 4) or 0 in shape:
-        raise DataError(f'{path}: expected 3 axes, or 4 with one volume at each index of the last, found shape {shape}. '
-                        'A single slice needs an axis of length 1.')
+        raise DataError(
+            f'{path}: expected 3 axes, or 4 with one volume at each index of the last, found shape {shape}. '
+            'A single slice needs an axis of length 1.'
+        )
     return shape[3] if len(shape) == 4 else 1
+
 
 def _number(i, n):
     "End of the name of volume `i` of `n`."
     return f'#{i:0{len(str(n - 1))}d}' if n > 1 else ''
 
+
 def _find_nifti(root, rel, rule):
     "The volumes of a NIfTI file, by its header."
-    nib, path = _need('nibabel', 'NIfTI'), root/rel
+    nib, path = _need('nibabel', 'NIfTI'), root / rel
     try:
-        img = nib.load(path); shape, dtype, unit = img.shape, img.get_data_dtype(), img.header.get_xyzt_units()[0]
+        img = nib.load(path)
+        shape, dtype, unit = img.shape, img.get_data_dtype(), img.header.get_xyzt_units()[0]
         affine = np.asarray(img.affine, float)
-    except Exception as e: raise DataError(f'{path}: cannot be read as NIfTI ({str(e).splitlines()[0]}). Copy it again, or take it away.') from e
-    if dtype.fields: raise DataError(f'{path}: holds colours ({dtype}), expected numbers. Export the original grey image.')
+    except Exception as e:
+        raise DataError(
+            f'{path}: cannot be read as NIfTI ({str(e).splitlines()[0]}). Copy it again, or take it away.'
+        ) from e
+    if dtype.fields:
+        raise DataError(f'{path}: holds colours ({dtype}), expected numbers. Export the original grey image.')
     n = _volumes_in(path, shape)
-    steps = affine[:3, :3].T[::-1]*dict(meter=1000., micron=.001).get(unit, 1.)
+    steps = affine[:3, :3].T[::-1] * dict(meter=1000.0, micron=0.001).get(unit, 1.0)
     if not np.isfinite(steps).all() or abs(np.linalg.det(steps)) < 1e-9:
-        raise DataError(f'{path}: its affine has no volume, so that directions and voxel size are unknown. Correct the header.')
+        raise DataError(
+            f'{path}: its affine has no volume, so that directions and voxel size are unknown. Correct the header.'
+        )
     side = _sidecar(path)
     text = ' '.join([path.name, *(str(side.get(k, '')) for k in ('SeriesDescription', 'ProtocolName'))])
-    return [ImageVolume(root, rel + _number(i, n), 'nifti', (rel,), patient_of(rel, rule=rule), tuple(map(int, shape[2::-1])), steps,
-                        contrast=contrast_of(text), about=_about(side.get, True), index=i) for i in range(n)]
+    return [
+        ImageVolume(
+            root,
+            rel + _number(i, n),
+            'nifti',
+            (rel,),
+            patient_of(rel, rule=rule),
+            tuple(map(int, shape[2::-1])),
+            steps,
+            contrast=contrast_of(text),
+            about=_about(side.get, True),
+            index=i,
+        )
+        for i in range(n)
+    ]
 
 # %% ../../nbs/24_phantom.image_files.ipynb #be36dadd
 def _find_npy(root, rel, rule):
     "The volumes of a NumPy file, by its header."
-    path = root/rel
-    try: a = np.load(path, mmap_mode='r', allow_pickle=False)
-    except Exception as e: raise DataError(f'{path}: cannot be read as a NumPy array ({str(e).splitlines()[0]}). Save it again with numpy.save.') from e
-    if a.dtype.kind not in 'buifc': raise DataError(f'{path}: expected an array of numbers, found {a.dtype}.')
+    path = root / rel
+    try:
+        a = np.load(path, mmap_mode='r', allow_pickle=False)
+    except Exception as e:
+        raise DataError(
+            f'{path}: cannot be read as a NumPy array ({str(e).splitlines()[0]}). Save it again with numpy.save.'
+        ) from e
+    if a.dtype.kind not in 'buifc':
+        raise DataError(f'{path}: expected an array of numbers, found {a.dtype}.')
     n, side = _volumes_in(path, a.shape), _sidecar(path)
-    spacing = side.get('spacing_mm', (1., 1., 1.))
-    try: spacing = tuple(float(s) for s in spacing)
-    except (TypeError, ValueError): spacing = ()
+    spacing = side.get('spacing_mm', (1.0, 1.0, 1.0))
+    try:
+        spacing = tuple(float(s) for s in spacing)
+    except (TypeError, ValueError):
+        spacing = ()
     if len(spacing) != 3 or not all(0 < s < np.inf for s in spacing):
-        raise DataError(f'{path}: spacing_mm in its JSON file must be three positive numbers (slice, row, column), found {side["spacing_mm"]}.')
+        raise DataError(
+            f'{path}: spacing_mm in its JSON file must be three positive numbers (slice, row, column), found {side["spacing_mm"]}.'
+        )
     text = ' '.join([path.name, str(side.get('SeriesDescription', ''))])
-    return [ImageVolume(root, rel + _number(i, n), 'npy', (rel,), patient_of(rel, rule=rule), tuple(map(int, a.shape[:3])), None, spacing,
-                        contrast_of(text), _about(side.get, True), i) for i in range(n)]
+    return [
+        ImageVolume(
+            root,
+            rel + _number(i, n),
+            'npy',
+            (rel,),
+            patient_of(rel, rule=rule),
+            tuple(map(int, a.shape[:3])),
+            None,
+            spacing,
+            contrast_of(text),
+            _about(side.get, True),
+            i,
+        )
+        for i in range(n)
+    ]
 
 # %% ../../nbs/24_phantom.image_files.ipynb #5a9fbdb2
 def _flat(group):
     "Elements of the sequences in a functional group of an enhanced DICOM file: keyword -> value."
     return {e.keyword: e.value for seq in group if seq.VR == 'SQ' for item in seq.value[:1] for e in item}
+
 
 def _getter(ds, i):
     "A function keyword -> value (or None) for frame `i` of a DICOM data set."
@@ -103,91 +167,160 @@ def _getter(ds, i):
     own, both = _flat(frames[i]) if frames else {}, _flat(shared[0]) if shared else {}
     return lambda word: own.get(word, both.get(word, ds.get(word)))
 
+
 def _frame(get, path, rel, i):
     "The facts by which a DICOM slice is sorted. Raises `DataError` for what is no magnitude image of MR."
-    if get('Modality') != 'MR': raise DataError(f"{path}: its modality is {get('Modality')}, expected MR.")
-    lacks = [w for w in ('SeriesInstanceUID', 'PixelSpacing', 'ImageOrientationPatient', 'ImagePositionPatient') if get(w) is None]
-    if lacks: raise DataError(f'{path}: lacks {", ".join(lacks)}, so that its place is unknown (a screenshot or a report?).')
+    if get('Modality') != 'MR':
+        raise DataError(f'{path}: its modality is {get("Modality")}, expected MR.')
+    lacks = [
+        w
+        for w in ('SeriesInstanceUID', 'PixelSpacing', 'ImageOrientationPatient', 'ImagePositionPatient')
+        if get(w) is None
+    ]
+    if lacks:
+        raise DataError(f'{path}: lacks {", ".join(lacks)}, so that its place is unknown (a screenshot or a report?).')
     kinds = {str(k).upper() for k in [*(get('ImageType') or []), *(get('FrameType') or [])]}
     if 'MOSAIC' in kinds:
-        raise DataError(f'{path}: is a Siemens mosaic, many slices in one picture. Convert it with dcm2niix and use the NIfTI file.')
+        raise DataError(
+            f'{path}: is a Siemens mosaic, many slices in one picture. Convert it with dcm2niix and use the NIfTI file.'
+        )
     if kinds & {'P', 'PHASE', 'PHASE MAP', 'R', 'REAL', 'I', 'IMAGINARY'}:
         raise DataError(f'{path}: is not a magnitude image ({", ".join(sorted(kinds))}).')
-    if (get('SamplesPerPixel') or 1) != 1: raise DataError(f'{path}: holds colours, expected grey values.')
+    if (get('SamplesPerPixel') or 1) != 1:
+        raise DataError(f'{path}: holds colours, expected grey values.')
     echo = float(get('EchoTime') or get('EffectiveEchoTime') or 0)
     direction = np.array([float(v) for v in get('ImageOrientationPatient')])
-    number = tuple(int(get(w) or 0) for w in ('TemporalPositionIdentifier', 'TemporalPositionIndex', 'AcquisitionNumber', 'InstanceNumber'))
-    return dict(rel=rel, frame=i, uid=str(get('SOPInstanceUID')), series=str(get('SeriesInstanceUID')), direction=direction, echo=echo,
-                at=np.array([float(v) for v in get('ImagePositionPatient')]), number=(*number, i), size=(int(get('Rows')), int(get('Columns'))),
-                pixel=tuple(round(float(v), 5) for v in get('PixelSpacing')), thick=float(get('SpacingBetweenSlices') or get('SliceThickness') or 1),
-                patient=get('PatientID') or '', text=f"{get('SeriesDescription') or ''} {get('ProtocolName') or ''}".strip(),
-                about=_about(get, False) | (dict(te_ms=echo) if echo else {}))
+    number = tuple(
+        int(get(w) or 0)
+        for w in ('TemporalPositionIdentifier', 'TemporalPositionIndex', 'AcquisitionNumber', 'InstanceNumber')
+    )
+    return dict(
+        rel=rel,
+        frame=i,
+        uid=str(get('SOPInstanceUID')),
+        series=str(get('SeriesInstanceUID')),
+        direction=direction,
+        echo=echo,
+        at=np.array([float(v) for v in get('ImagePositionPatient')]),
+        number=(*number, i),
+        size=(int(get('Rows')), int(get('Columns'))),
+        pixel=tuple(round(float(v), 5) for v in get('PixelSpacing')),
+        thick=float(get('SpacingBetweenSlices') or get('SliceThickness') or 1),
+        patient=get('PatientID') or '',
+        text=f'{get("SeriesDescription") or ""} {get("ProtocolName") or ""}'.strip(),
+        about=_about(get, False) | (dict(te_ms=echo) if echo else {}),
+    )
 
 # %% ../../nbs/24_phantom.image_files.ipynb #90d1f94f
 def _is_dicom(path):
     "Does the file begin as DICOM does, or say so by its name?"
-    if path.suffix.lower() in ('.dcm', '.ima'): return True
+    if path.suffix.lower() in ('.dcm', '.ima'):
+        return True
     try:
-        with open(path, 'rb') as f: return f.read(132)[128:] == b'DICM'
-    except OSError: return False
+        with open(path, 'rb') as f:
+            return f.read(132)[128:] == b'DICM'
+    except OSError:
+        return False
+
 
 def _dicom_frames(root, rel):
     "Facts of all slices in a DICOM file; empty for files without an image, such as a DICOMDIR or a report."
-    pydicom, path = _need('pydicom', 'DICOM'), root/rel
+    pydicom, path = _need('pydicom', 'DICOM'), root / rel
     try:
         ds = pydicom.dcmread(path, stop_before_pixels=True, force=path.suffix.lower() in ('.dcm', '.ima'))
         if 'Rows' not in ds:
-            if 'SOPClassUID' in ds or 'DirectoryRecordSequence' in ds: return []
+            if 'SOPClassUID' in ds or 'DirectoryRecordSequence' in ds:
+                return []
             raise ValueError('it has no image')
-        return [_frame(_getter(ds, i), path, rel, i) for i in range(len(ds.get('PerFrameFunctionalGroupsSequence') or [0]))]
-    except DataError: raise
-    except Exception as e: raise DataError(f'{path}: cannot be read as DICOM ({str(e).splitlines()[0]}). Copy it again, or take it away.') from e
+        return [
+            _frame(_getter(ds, i), path, rel, i) for i in range(len(ds.get('PerFrameFunctionalGroupsSequence') or [0]))
+        ]
+    except DataError:
+        raise
+    except Exception as e:
+        raise DataError(
+            f'{path}: cannot be read as DICOM ({str(e).splitlines()[0]}). Copy it again, or take it away.'
+        ) from e
 
 # %% ../../nbs/24_phantom.image_files.ipynb #d01bb29d
 def _groups(frames):
     "Slices by direction and echo time; copies of a file count once."
     groups, seen = [], set()
     for f in frames:
-        if (f['uid'], f['frame']) in seen: continue
+        if (f['uid'], f['frame']) in seen:
+            continue
         seen.add((f['uid'], f['frame']))
-        like = [g for g in groups if abs(g[0]['echo'] - f['echo']) < .01 and np.abs(g[0]['direction'] - f['direction']).max() < .01]
-        if like: like[0].append(f)
-        else: groups.append([f])
-    return sorted(groups, key=lambda g: (g[0]['echo'], tuple(np.round(g[0]['direction'], 2) + 0.)))
+        like = [
+            g
+            for g in groups
+            if abs(g[0]['echo'] - f['echo']) < 0.01 and np.abs(g[0]['direction'] - f['direction']).max() < 0.01
+        ]
+        if like:
+            like[0].append(f)
+        else:
+            groups.append([f])
+    return sorted(groups, key=lambda g: (g[0]['echo'], tuple(np.round(g[0]['direction'], 2) + 0.0)))
+
 
 def _stacks(frames, what):
     "Slices of one direction and echo as a list of stacks, each sorted along the normal; with the steps of its axes."
-    d = frames[0]['direction']; normal = np.cross(d[:3], d[3:])
+    d = frames[0]['direction']
+    normal = np.cross(d[:3], d[3:])
     sizes = sorted({(f['size'], f['pixel']) for f in frames})
-    if len(sizes) > 1: raise DataError(f'{what}: its slices differ in size or pixel spacing: {sizes}. Take away what does not belong to it.')
+    if len(sizes) > 1:
+        raise DataError(
+            f'{what}: its slices differ in size or pixel spacing: {sizes}. Take away what does not belong to it.'
+        )
     frames = sorted(frames, key=lambda f: f['at'] @ normal)
     at = np.array([f['at'] @ normal for f in frames])
-    place = np.cumsum(np.diff(at, prepend=at[0]) > .02)
+    place = np.cumsum(np.diff(at, prepend=at[0]) > 0.02)
     times = np.bincount(place)
     if len(set(times.tolist())) > 1:
-        raise DataError(f'{what}: some places have {times.min()} slices, others {times.max()}, expected the same number everywhere. '
-                        'Files are missing, or those of two scans are mixed: copy the whole series again.')
+        raise DataError(
+            f'{what}: some places have {times.min()} slices, others {times.max()}, expected the same number everywhere. '
+            'Files are missing, or those of two scans are mixed: copy the whole series again.'
+        )
     gaps = np.diff([at[place == p][0] for p in range(len(times))])
-    if len(gaps) and np.abs(gaps - np.median(gaps)).max() > .5*np.median(gaps):
-        raise DataError(f'{what}: slices are missing, neighbours are {gaps.min():.2f} to {gaps.max():.2f} mm apart. Copy the whole series again.')
-    by_place = [sorted((f for f, p in zip(frames, place) if p == q), key=lambda f: f['number']) for q in range(len(times))]
+    if len(gaps) and np.abs(gaps - np.median(gaps)).max() > 0.5 * np.median(gaps):
+        raise DataError(
+            f'{what}: slices are missing, neighbours are {gaps.min():.2f} to {gaps.max():.2f} mm apart. Copy the whole series again.'
+        )
+    by_place = [
+        sorted((f for f, p in zip(frames, place) if p == q), key=lambda f: f['number']) for q in range(len(times))
+    ]
     mm = float(np.median(gaps)) if len(gaps) else frames[0]['thick']
-    return [list(s) for s in zip(*by_place)], np.stack([normal*mm, d[3:]*frames[0]['pixel'][0], d[:3]*frames[0]['pixel'][1]])*[-1, -1, 1]
+    return [list(s) for s in zip(*by_place)], np.stack(
+        [normal * mm, d[3:] * frames[0]['pixel'][0], d[:3] * frames[0]['pixel'][1]]
+    ) * [-1, -1, 1]
 
 # %% ../../nbs/24_phantom.image_files.ipynb #5f868fbd
 def _find_series(root, frames, rule):
     "The volumes of one DICOM series."
     first = frames[0]
     folder = os.path.commonpath([os.path.dirname(f['rel']) for f in frames])
-    name = f"{folder}/{first['series']}".lstrip('/')
-    what = f"{root/folder}, DICOM series {first['series']} ({first['text'] or 'without description'}, {len(frames)} slices)"
+    name = f'{folder}/{first["series"]}'.lstrip('/')
+    what = f'{root / folder}, DICOM series {first["series"]} ({first["text"] or "without description"}, {len(frames)} slices)'
     out = [(s, steps) for stacks, steps in (_stacks(g, what) for g in _groups(frames)) for s in stacks]
-    patient = patient_of(first['rel'] if folder or rule else f"dicom/{first['rel']}", first['patient'], rule)
-    return [ImageVolume(root, name + _number(i, len(out)), 'dicom', tuple(f['rel'] for f in s), patient, (len(s), *s[0]['size']), steps,
-                        contrast=contrast_of(first['text']), about=s[0]['about'], frames=tuple(f['frame'] for f in s)) for i, (s, steps) in enumerate(out)]
+    patient = patient_of(first['rel'] if folder or rule else f'dicom/{first["rel"]}', first['patient'], rule)
+    return [
+        ImageVolume(
+            root,
+            name + _number(i, len(out)),
+            'dicom',
+            tuple(f['rel'] for f in s),
+            patient,
+            (len(s), *s[0]['size']),
+            steps,
+            contrast=contrast_of(first['text']),
+            about=s[0]['about'],
+            frames=tuple(f['frame'] for f in s),
+        )
+        for i, (s, steps) in enumerate(out)
+    ]
 
 # %% ../../nbs/24_phantom.image_files.ipynb #d35d56b9
 _LABELS = re.compile(r'(?i)(?:^|[_\-./ ])(?:d?seg|probseg|(?:brain)?masks?|labels?(?:t[rs])?|aseg|aparc)(?=[_\-./ ]|$)')
+
 
 def _sort_files(root):
     "Paths below `root` by kind: nifti, npy, dicom, labels."
@@ -195,20 +328,34 @@ def _sort_files(root):
     here = root if root.is_dir() else root.parent
     for p in sorted(root.rglob('*') if root.is_dir() else [root]):
         rel, name = p.relative_to(here).as_posix(), p.name.lower()
-        if not p.is_file() or any(part.startswith('.') for part in rel.split('/')): continue
-        kind = 'nifti' if name.endswith(('.nii', '.nii.gz')) else 'npy' if name.endswith('.npy') else 'dicom' if _is_dicom(p) else ''
-        if kind: kinds['labels' if kind != 'dicom' and _LABELS.search(rel) else kind].append(rel)
+        if not p.is_file() or any(part.startswith('.') for part in rel.split('/')):
+            continue
+        kind = (
+            'nifti'
+            if name.endswith(('.nii', '.nii.gz'))
+            else 'npy'
+            if name.endswith('.npy')
+            else 'dicom'
+            if _is_dicom(p)
+            else ''
+        )
+        if kind:
+            kinds['labels' if kind != 'dicom' and _LABELS.search(rel) else kind].append(rel)
     return here, kinds
+
 
 def _below(root, text):
     "A message without the path of the folder of images, which is nobody's business."
     return text.replace(f'{root}{os.sep}', '')
 
+
 def _attempt(make, args, skipped, strict):
     "make(*args), or [] with the reason noted in `skipped`."
-    try: return make(*args)
+    try:
+        return make(*args)
     except DataError as e:
-        if strict: raise
+        if strict:
+            raise
         skipped[str(args[1] if isinstance(args[1], str) else args[1][0]['rel'])] = str(e)
         return []
 
@@ -216,32 +363,52 @@ def _attempt(make, args, skipped, strict):
 def _search(root, rule=None, strict=False):
     "The volumes below `root`, and a dict of what cannot be used: path -> reason."
     root = Path(root)
-    if not root.exists(): raise DataError(f'{root}: no such folder. Expected a folder of NIfTI, DICOM or .npy images, possibly in subfolders.')
+    if not root.exists():
+        raise DataError(
+            f'{root}: no such folder. Expected a folder of NIfTI, DICOM or .npy images, possibly in subfolders.'
+        )
     here, kinds = _sort_files(root)
     for kind, module in (('nifti', 'nibabel'), ('dicom', 'pydicom')):
-        if kinds[kind]: _need(module, dict(nifti='NIfTI', dicom='DICOM')[kind])
-    skipped, found, frames = {rel: f'{here/rel}: its name says that it holds labels, not an image.' for rel in kinds['labels']}, [], []
+        if kinds[kind]:
+            _need(module, dict(nifti='NIfTI', dicom='DICOM')[kind])
+    skipped, found, frames = (
+        {rel: f'{here / rel}: its name says that it holds labels, not an image.' for rel in kinds['labels']},
+        [],
+        [],
+    )
     for kind, find in (('nifti', _find_nifti), ('npy', _find_npy)):
-        for rel in kinds[kind]: found += _attempt(find, (here, rel, rule), skipped, strict)
-    for rel in kinds['dicom']: frames += _attempt(_dicom_frames, (here, rel), skipped, strict)
+        for rel in kinds[kind]:
+            found += _attempt(find, (here, rel, rule), skipped, strict)
+    for rel in kinds['dicom']:
+        frames += _attempt(_dicom_frames, (here, rel), skipped, strict)
     for _, group in groupby(sorted(frames, key=lambda f: f['series']), key=lambda f: f['series']):
         found += _attempt(_find_series, (here, list(group), rule), skipped, strict)
     if not found:
-        raise DataError(f'{root}: holds no image volume that can be used, also not in its subfolders. Expected .nii, .nii.gz, .npy or DICOM files'
-                        + (f'; the first of {len(skipped)} that were left out: {next(iter(skipped.values()))}' if skipped else '.'))
+        raise DataError(
+            f'{root}: holds no image volume that can be used, also not in its subfolders. Expected .nii, .nii.gz, .npy or DICOM files'
+            + (f'; the first of {len(skipped)} that were left out: {next(iter(skipped.values()))}' if skipped else '.')
+        )
     return sorted(found, key=lambda v: (v.patient, v.name)), {k: _below(here, v) for k, v in skipped.items()}
+
 
 def _warn_skipped(skipped):
     "One warning: five reasons, and the names of more."
-    if not skipped: return
+    if not skipped:
+        return
     names = list(skipped)[5:]
-    more = f' And: {", ".join(names[:30])}' + (f' and {len(names) - 30} more.' if len(names) > 30 else '.') if names else ''
+    more = (
+        f' And: {", ".join(names[:30])}' + (f' and {len(names) - 30} more.' if len(names) > 30 else '.')
+        if names
+        else ''
+    )
     warnings.warn(f'{len(skipped)} files were left out: {" ".join(list(skipped.values())[:5])}{more}', stacklevel=3)
 
-def find_images(root,         # folder, searched with its subfolders, or one file
-                patient=None, # regular expression that finds the patient in a path below `root`; default: the rules of `patient_of`
-                strict=False, # a file that cannot be used: True an error; False left out with a warning
-               ) -> list:     # of `ImageVolume`, ordered by patient and name
+
+def find_images(
+    root,  # folder, searched with its subfolders, or one file
+    patient=None,  # regular expression that finds the patient in a path below `root`; default: the rules of `patient_of`
+    strict=False,  # a file that cannot be used: True an error; False left out with a warning
+) -> list:  # of `ImageVolume`, ordered by patient and name
     "List the image volumes in a folder by their headers; no pixel is read. Raises `DataError` where none can be used."
     found, skipped = _search(root, patient, strict)
     _warn_skipped(skipped)
@@ -251,70 +418,97 @@ def find_images(root,         # folder, searched with its subfolders, or one fil
 def _magnitude(a, name):
     "`a` as float32 or complex64. Raises `DataError` for numbers that no magnitude image has."
     wrong = a.size - int(np.isfinite(a).sum())
-    if wrong: raise DataError(f'{name}: {wrong} of its {a.size} numbers are not finite. Replace them, by 0 if they mark the background.')
+    if wrong:
+        raise DataError(
+            f'{name}: {wrong} of its {a.size} numbers are not finite. Replace them, by 0 if they mark the background.'
+        )
     if np.iscomplexobj(a):
-        if not np.abs(a).max() > np.abs(a).min(): raise DataError(f'{name}: is constant, there is no image in it.')
+        if not np.abs(a).max() > np.abs(a).min():
+            raise DataError(f'{name}: is constant, there is no image in it.')
         return np.ascontiguousarray(a, 'complex64')
     a = np.array(a, 'float32', order='C')
     lo, hi = a.min(), a.max()
-    if ((a == lo) | (a == hi)).all(): raise DataError(f'{name}: holds only the values {lo:g} and {hi:g}, there is no image in it (is it a mask?).')
+    if ((a == lo) | (a == hi)).all():
+        raise DataError(f'{name}: holds only the values {lo:g} and {hi:g}, there is no image in it (is it a mask?).')
     top = np.percentile(a, 99.7)
-    if lo < -.05*max(top, 0) - 1e-12:
-        raise DataError(f'{name}: holds negative values down to {lo:g} (bright tissue: {top:g}), expected a magnitude image. '
-                        'Take the image before normalisation, or add back what was subtracted.')
+    if lo < -0.05 * max(top, 0) - 1e-12:
+        raise DataError(
+            f'{name}: holds negative values down to {lo:g} (bright tissue: {top:g}), expected a magnitude image. '
+            'Take the image before normalisation, or add back what was subtracted.'
+        )
     return np.maximum(a, 0, out=a)
 
 # %% ../../nbs/24_phantom.image_files.ipynb #9009642b
 def _read_nifti(v):
-    img = _need('nibabel', 'NIfTI').load(v.root/v.files[0])
+    img = _need('nibabel', 'NIfTI').load(v.root / v.files[0])
     return np.asarray(img.dataobj if len(img.shape) == 3 else img.dataobj[..., v.index]).reshape(img.shape[:3]).T
 
+
 def _read_npy(v):
-    a = np.load(v.root/v.files[0], mmap_mode='r', allow_pickle=False)
+    a = np.load(v.root / v.files[0], mmap_mode='r', allow_pickle=False)
     return a if a.ndim == 3 else a[..., v.index].reshape(a.shape[:3])
+
 
 def _read_dicom(v):
     "Slices of a series, rescaled."
     pydicom, out, last = _need('pydicom', 'DICOM'), [], None
     for rel, i in zip(v.files, v.frames):
-        if rel != last: ds = pydicom.dcmread(v.root/rel, force=True); pixels, last = ds.pixel_array, rel
+        if rel != last:
+            ds = pydicom.dcmread(v.root / rel, force=True)
+            pixels, last = ds.pixel_array, rel
         a, get = pixels if pixels.ndim == 2 else pixels[i], _getter(ds, i)
-        if get('PhotometricInterpretation') == 'MONOCHROME1':   # large is dark
+        if get('PhotometricInterpretation') == 'MONOCHROME1':  # large is dark
             bits, signed = int(get('BitsStored')), int(get('PixelRepresentation') or 0)
             a = (-1 if signed else 2**bits - 1) - a.astype('int64')
         slope, shift = get('RescaleSlope'), get('RescaleIntercept')
-        out.append(np.asarray(a, 'float32')*np.float32(1 if slope is None else slope) + np.float32(shift or 0))
+        out.append(np.asarray(a, 'float32') * np.float32(1 if slope is None else slope) + np.float32(shift or 0))
     return np.stack(out)
 
 # %% ../../nbs/24_phantom.image_files.ipynb #7fedbd41
 class UprightImage(NamedTuple):
     "An upright volume."
-    pixels: np.ndarray # float32 (or complex64) [slices, rows, cols]
-    spacing: tuple     # mm, (slice, row, column)
-    plane: str         # key of `PLANES`, or 'stored'
+
+    pixels: np.ndarray  # float32 (or complex64) [slices, rows, cols]
+    spacing: tuple  # mm, (slice, row, column)
+    plane: str  # key of `PLANES`, or 'stored'
+
 
 def _geometry(v, plane, organ):
     "Shape, spacing and plane of a volume as `read_image` will give it; no pixel is read."
-    if plane not in (None, 'stored', *PLANES): raise DataError(f'unknown plane {plane!r}: expected one of {", ".join([*PLANES, "stored"])}.')
+    if plane not in (None, 'stored', *PLANES):
+        raise DataError(f'unknown plane {plane!r}: expected one of {", ".join([*PLANES, "stored"])}.')
     plane = plane or choose_plane(v.steps, v.shape, organ or organ_from(v.about.get('body_part')))
-    if v.steps is None: return v.shape, v.spacing, plane
-    if plane == 'stored': return v.shape, tuple(np.round(np.linalg.norm(v.steps, axis=1), 4).tolist()), plane
+    if v.steps is None:
+        return v.shape, v.spacing, plane
+    if plane == 'stored':
+        return v.shape, tuple(np.round(np.linalg.norm(v.steps, axis=1), 4).tolist()), plane
     dummy, spacing = orient(np.broadcast_to(0, v.shape), v.steps, plane)
     return dummy.shape, spacing, plane
 
-def read_image(volume,     # from `find_images`, or the path of one file
-               plane=None, # 'axial', 'coronal', 'sagittal' or 'stored'; default: `choose_plane`. An array without directions is not turned
-               organ='',   # 'brain' or 'knee', if the file does not say
-              ) -> UprightImage:
+
+def read_image(
+    volume,  # from `find_images`, or the path of one file
+    plane=None,  # 'axial', 'coronal', 'sagittal' or 'stored'; default: `choose_plane`. An array without directions is not turned
+    organ='',  # 'brain' or 'knee', if the file does not say
+) -> UprightImage:
     "Read a volume and hang it upright. Raises `DataError`, naming the file, for damaged files and for what is no magnitude image."
     v = volume if isinstance(volume, ImageVolume) else find_images(volume, strict=True)[0]
     _, spacing, plane = _geometry(v, plane, organ)
-    where = f'{v.root/v.files[0]}' + (f' ({v.name})' if v.name != v.files[0] else '')
-    try: a = dict(nifti=_read_nifti, npy=_read_npy, dicom=_read_dicom)[v.kind](v)
-    except DataError: raise
+    where = f'{v.root / v.files[0]}' + (f' ({v.name})' if v.name != v.files[0] else '')
+    try:
+        a = dict(nifti=_read_nifti, npy=_read_npy, dicom=_read_dicom)[v.kind](v)
+    except DataError:
+        raise
     except Exception as e:
-        hint = ' If its pixels are compressed, pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg.' if v.kind == 'dicom' else ''
+        hint = (
+            ' If its pixels are compressed, pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg.'
+            if v.kind == 'dicom'
+            else ''
+        )
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise DataError(f'{where}: cannot be read ({why}). The file may be cut short: copy it again.{hint}') from e
-    if a.shape != v.shape: raise DataError(f'{where}: expected an array of shape {v.shape}, found {a.shape}.')
-    return UprightImage(_magnitude(a if plane == 'stored' or v.steps is None else orient(a, v.steps, plane)[0], where), spacing, plane)
+    if a.shape != v.shape:
+        raise DataError(f'{where}: expected an array of shape {v.shape}, found {a.shape}.')
+    return UprightImage(
+        _magnitude(a if plane == 'stored' or v.steps is None else orient(a, v.steps, plane)[0], where), spacing, plane
+    )

@@ -16,94 +16,158 @@ from ..machinery.disk import DataError
 from .tissue import PLANES
 
 # %% ../../nbs/23_phantom.image_headers.ipynb #78bc9821
-def orient(a,      # array [i, j, k], or a broadcast dummy of that shape
-           steps,  # float [3, 3]: mm in the patient (right, anterior, superior) from one index to the next, along i, j and k
-           plane,  # key of `PLANES`
-          ):       # view [slices, rows, cols], (slice, row, column) spacing in mm
+def orient(
+    a,  # array [i, j, k], or a broadcast dummy of that shape
+    steps,  # float [3, 3]: mm in the patient (right, anterior, superior) from one index to the next, along i, j and k
+    plane,  # key of `PLANES`
+):  # view [slices, rows, cols], (slice, row, column) spacing in mm
     "Turn a volume upright for a plane, by exchanging and reversing axes. The affine may be oblique: the nearest axes count."
     length = np.linalg.norm(steps, axis=1)
-    which = linear_sum_assignment(-np.abs(steps/length[:, None]))[1]     # along which axis of the patient each axis of the array runs
+    which = linear_sum_assignment(-np.abs(steps / length[:, None]))[
+        1
+    ]  # along which axis of the patient each axis of the array runs
     order = np.argsort(which)
     a = a.transpose(order)[tuple(slice(None, None, -1 if steps[order[x], x] < 0 else 1) for x in range(3))]
     ir, ic, ia = PLANES[plane]
     return a.transpose(ia, ir, ic)[:, ::-1, ::-1], tuple(np.round(length[order][[ia, ir, ic]], 4).tolist())
 
 # %% ../../nbs/23_phantom.image_headers.ipynb #1e9c266b
-def choose_plane(steps,         # float [3, 3] as in `orient`, or None where nothing is known
-                 shape,         # of the array, the axes in the same order
-                 organ='',      # 'knee' is cut coronally when there is a choice
-                ) -> str:       # key of `PLANES`, or 'stored'
+def choose_plane(
+    steps,  # float [3, 3] as in `orient`, or None where nothing is known
+    shape,  # of the array, the axes in the same order
+    organ='',  # 'knee' is cut coronally when there is a choice
+) -> str:  # key of `PLANES`, or 'stored'
     "The plane in which a volume was acquired, or the usual one for cubic voxels."
-    if steps is None: return 'stored'
+    if steps is None:
+        return 'stored'
     across = {ia: name for name, (*_, ia) in PLANES.items()}
-    which = linear_sum_assignment(-np.abs(steps/np.linalg.norm(steps, axis=1)[:, None]))[1]
+    which = linear_sum_assignment(-np.abs(steps / np.linalg.norm(steps, axis=1)[:, None]))[1]
     mm, size = [np.asarray(v)[np.argsort(which)] for v in (np.linalg.norm(steps, axis=1), shape)]
-    if (size == 1).sum() == 1: return across[int(np.argmin(size))]
-    if mm.max() >= 1.5*np.sort(mm)[1]: return across[int(np.argmax(mm))]
+    if (size == 1).sum() == 1:
+        return across[int(np.argmin(size))]
+    if mm.max() >= 1.5 * np.sort(mm)[1]:
+        return across[int(np.argmax(mm))]
     return 'coronal' if organ == 'knee' else 'axial'
 
 # %% ../../nbs/23_phantom.image_headers.ipynb #23839aae
-_WORDS = (('', r't2\s?\*|t2.?star|swi|dwi|adc|dti|bold|asl(?![a-z])|tof|angio'), ('T1', r't1.{0,3}flair'), ('FLAIR', r'flair|dark.?fluid'),
-          ('T1POST', r't1(?:ce|gd|c|\+c)(?![a-z])|t1(?!\d).*(?:post|gadolin|[_\s-]gd|ce-)|ce-gad.*t1'), ('T1', r't1(?!\d)|mp.?rage|spgr|bravo|tfl'),
-          ('T2', r't2(?!\d)'), ('PDFS', r'pd(?![a-z]).*(?:fs|fat.?sat|spair|stir)|pd.?fs'), ('PD', r'pdw?(?![a-z])|proton.?dens'))
+_WORDS = (
+    ('', r't2\s?\*|t2.?star|swi|dwi|adc|dti|bold|asl(?![a-z])|tof|angio'),
+    ('T1', r't1.{0,3}flair'),
+    ('FLAIR', r'flair|dark.?fluid'),
+    ('T1POST', r't1(?:ce|gd|c|\+c)(?![a-z])|t1(?!\d).*(?:post|gadolin|[_\s-]gd|ce-)|ce-gad.*t1'),
+    ('T1', r't1(?!\d)|mp.?rage|spgr|bravo|tfl'),
+    ('T2', r't2(?!\d)'),
+    ('PDFS', r'pd(?![a-z]).*(?:fs|fat.?sat|spair|stir)|pd.?fs'),
+    ('PD', r'pdw?(?![a-z])|proton.?dens'),
+)
 
-def contrast_of(text) -> str: # 'T1', 'T1POST', 'T2', 'FLAIR', 'PD', 'PDFS' or ''
+
+def contrast_of(text) -> str:  # 'T1', 'T1POST', 'T2', 'FLAIR', 'PD', 'PDFS' or ''
     "The contrast that a file name or a description of a series names."
     return next((name for name, words in _WORDS if re.search(rf'(?i)(?<![a-z0-9])(?:{words})', text)), '')
 
-def acquisition_name(contrast,  # from `contrast_of`
-                     organ,     # 'brain', 'knee', or another
-                     plane,     # key of `PLANES`, or 'stored'
-                    ) -> str:
+
+def acquisition_name(
+    contrast,  # from `contrast_of`
+    organ,  # 'brain', 'knee', or another
+    plane,  # key of `PLANES`, or 'stored'
+) -> str:
     "fastMRI's kind of name for brains and knees, the bare contrast for other organs, 'unknown' where there is none."
     prefix = dict(axial='AX', coronal='COR', sagittal='SAG').get(plane, '') if organ in ('brain', 'knee') else ''
     return prefix + contrast if contrast else 'unknown'
 
 # %% ../../nbs/23_phantom.image_headers.ipynb #0f38bc67
-_NOBODY = {'', '0', 'anon', 'anonymous', 'anonymized', 'anonymised', 'unknown', 'none', 'no id', 'deidentified', 'patient', 'xxxx'}
+_NOBODY = {
+    '',
+    '0',
+    'anon',
+    'anonymous',
+    'anonymized',
+    'anonymised',
+    'unknown',
+    'none',
+    'no id',
+    'deidentified',
+    'patient',
+    'xxxx',
+}
 
-def patient_of(rel,           # path below the folder of images, with '/'
-               patient_id='', # what DICOM says
-               rule=None,     # regular expression that finds the patient in `rel`
-              ) -> str:
+
+def patient_of(
+    rel,  # path below the folder of images, with '/'
+    patient_id='',  # what DICOM says
+    rule=None,  # regular expression that finds the patient in `rel`
+) -> str:
     "Whose scan a file is. Raises `DataError` where `rule` finds nothing."
     if rule:
-        try: found = re.search(rule, rel)
-        except re.error as e: raise DataError(f'patient rule {rule!r}: expected a regular expression ({e}).') from e
-        if not found: raise DataError(f'{rel}: the patient rule {rule!r} finds nothing in this path. Change the rule, or move the file away.')
+        try:
+            found = re.search(rule, rel)
+        except re.error as e:
+            raise DataError(f'patient rule {rule!r}: expected a regular expression ({e}).') from e
+        if not found:
+            raise DataError(
+                f'{rel}: the patient rule {rule!r} finds nothing in this path. Change the rule, or move the file away.'
+            )
         return found[1] if found.re.groups and found[1] else found[0]
-    if str(patient_id).strip().lower() not in _NOBODY: return str(patient_id).strip()
-    if found := re.search(r'(?:^|[/_])(sub-[A-Za-z0-9]+)', rel): return found[1]
+    if str(patient_id).strip().lower() not in _NOBODY:
+        return str(patient_id).strip()
+    if found := re.search(r'(?:^|[/_])(sub-[A-Za-z0-9]+)', rel):
+        return found[1]
     first, *rest = rel.split('/')
-    if rest: return first
+    if rest:
+        return first
     stem = re.sub(r'(?i)\.(nii|nii\.gz|npy|dcm|ima)$', '', first)
-    return re.sub(r'(?i)(?<![a-z0-9])(?:t1(?:w|ce|gd|c)?|t2(?:w|f)?|flair|pdw?|mprage)(?![a-z0-9])', '', stem).strip('-_. ') or stem
+    return (
+        re.sub(r'(?i)(?<![a-z0-9])(?:t1(?:w|ce|gd|c)?|t2(?:w|f)?|flair|pdw?|mprage)(?![a-z0-9])', '', stem).strip(
+            '-_. '
+        )
+        or stem
+    )
 
 # %% ../../nbs/23_phantom.image_headers.ipynb #1cff7f1f
-_ABOUT = dict(field_T='MagneticFieldStrength', tr_ms='RepetitionTime', te_ms='EchoTime', ti_ms='InversionTime', flip_deg='FlipAngle',
-              body_part='BodyPartExamined', position='PatientPosition')   # ours: DICOM's keyword
+_ABOUT = dict(
+    field_T='MagneticFieldStrength',
+    tr_ms='RepetitionTime',
+    te_ms='EchoTime',
+    ti_ms='InversionTime',
+    flip_deg='FlipAngle',
+    body_part='BodyPartExamined',
+    position='PatientPosition',
+)  # ours: DICOM's keyword
 
-def organ_from(body_part) -> str: # 'brain', 'knee', another word, or ''
+
+def organ_from(body_part) -> str:  # 'brain', 'knee', another word, or ''
     "Organ by DICOM's word for a part of the body."
     word = str(body_part or '').strip().lower()
     return 'brain' if word.startswith('brain') or word in ('head', 'skull') else 'knee' if 'knee' in word else word
+
 
 def _about(get, seconds):
     "What `get`(keyword) knows, in our units; numbers that are none are left out."
     out = {}
     for key, word in _ABOUT.items():
         value = get(word)
-        if key in ('body_part', 'position'): out[key] = str(value or '')
+        if key in ('body_part', 'position'):
+            out[key] = str(value or '')
         else:
-            try: out[key] = round(float(value)*(1000 if seconds and key.endswith('_ms') else 1), 4)
-            except (TypeError, ValueError): pass
-    if out.get('field_T', 0) > 100: out['field_T'] = round(out['field_T']/1e4, 4)   # some old headers give gauss
+            try:
+                out[key] = round(float(value) * (1000 if seconds and key.endswith('_ms') else 1), 4)
+            except (TypeError, ValueError):
+                pass
+    if out.get('field_T', 0) > 100:
+        out['field_T'] = round(out['field_T'] / 1e4, 4)  # some old headers give gauss
     return out
+
 
 def _sidecar(path):
     "Content of the JSON file beside an image, {} where there is none."
     beside = path.with_name(re.sub(r'(?i)\.(nii|nii\.gz|npy)$', '', path.name) + '.json')
-    if not beside.is_file(): return {}
-    try: found = json.loads(beside.read_text(encoding='utf-8'))
-    except ValueError as e: raise DataError(f'{beside}: cannot be read as JSON ({e}). Mend it, or take it away: the image does without.') from e
+    if not beside.is_file():
+        return {}
+    try:
+        found = json.loads(beside.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise DataError(
+            f'{beside}: cannot be read as JSON ({e}). Mend it, or take it away: the image does without.'
+        ) from e
     return found if isinstance(found, dict) else {}

@@ -36,14 +36,18 @@ from .images import field_of_view, image_kspace
 from .simulate import FOLDERS
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #c62e21cd
-def middle_slices(image,  # [slices, rows, cols]
-                  n=None, # at most so many; default: all that hold something
-                 ):       # first, last + 1
+def middle_slices(
+    image,  # [slices, rows, cols]
+    n=None,  # at most so many; default: all that hold something
+):  # first, last + 1
     "The range of slices to use: those that hold something, and of them the middle."
-    a = np.abs(image); share = (a > .1*(np.percentile(a, 99.7) or a.max())).mean((1, 2)); held = np.flatnonzero(share > .05*share.max())
+    a = np.abs(image)
+    share = (a > 0.1 * (np.percentile(a, 99.7) or a.max())).mean((1, 2))
+    held = np.flatnonzero(share > 0.05 * share.max())
     first, end = int(held[0]), int(held[-1]) + 1
-    if n is None or n >= end - first: return first, end
-    first += (end - first - n)//2
+    if n is None or n >= end - first:
+        return first, end
+    first += (end - first - n) // 2
     return first, first + n
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #47a862bd
@@ -51,56 +55,116 @@ def _order(patients, seed):
     "Patients shuffled: by a hash, so that one more patient does not move the others."
     return sorted(set(patients), key=lambda p: hashlib.sha256(f'{seed} {p}'.encode()).hexdigest())
 
+
 def _site(v, turn):
     field = v.about.get('field_T')
-    return min(SITES.values(), key=lambda s: abs(s.field_T - field)) if field else list(SITES.values())[turn % len(SITES)]
+    return (
+        min(SITES.values(), key=lambda s: abs(s.field_T - field)) if field else list(SITES.values())[turn % len(SITES)]
+    )
 
-def plan_images(volumes, # of `ImageVolume`
-                settings: dict, # organ, plane, seed, val_fraction
-               ) -> list: # of dict: file, source, patient_id, organ, acquisition, plane, site, bytes
+
+def plan_images(
+    volumes,  # of `ImageVolume`
+    settings: dict,  # organ, plane, seed, val_fraction
+) -> list:  # of dict: file, source, patient_id, organ, acquisition, plane, site, bytes
     "What every volume becomes. Each patient is in one folder."
     organs = [settings['organ'] or organ_from(v.about.get('body_part')) for v in volumes]
-    home = {v.patient: o for v, o in reversed(list(zip(volumes, organs)))}       # the organ of a patient's first volume
+    home = {v.patient: o for v, o in reversed(list(zip(volumes, organs)))}  # the organ of a patient's first volume
     order, val = _order(home, settings['seed']), set()
     for organ in set(home.values()):
-        of = [p for p in order if home[p] == organ]; n = round(settings['val_fraction']*len(of))
-        val |= set(of[:max(n, 1) if settings['val_fraction'] > 0 and len(of) > 1 else 0])
+        of = [p for p in order if home[p] == organ]
+        n = round(settings['val_fraction'] * len(of))
+        val |= set(of[: max(n, 1) if settings['val_fraction'] > 0 and len(of) > 1 else 0])
     jobs = []
     for i, (v, organ) in enumerate(zip(volumes, organs), 1):
-        plane = _geometry(v, settings['plane'], organ)[2]; name = acquisition_name(v.contrast, organ, plane); site = _site(v, order.index(v.patient))
-        fname = f'file15{i:05d}.h5' if organ == 'knee' else f"{'file_brain' if organ == 'brain' else 'image'}_{name}_{site.code}_3{i:06d}.h5"
-        jobs.append(dict(file=f'{FOLDERS[v.patient in val]}/{fname}', source=v.name, patient_id=v.patient, organ=organ or 'unknown',
-                         acquisition=name, plane=plane, site=site.name, bytes=sum((v.root/f).stat().st_size for f in set(v.files))))
+        plane = _geometry(v, settings['plane'], organ)[2]
+        name = acquisition_name(v.contrast, organ, plane)
+        site = _site(v, order.index(v.patient))
+        fname = (
+            f'file15{i:05d}.h5'
+            if organ == 'knee'
+            else f'{"file_brain" if organ == "brain" else "image"}_{name}_{site.code}_3{i:06d}.h5'
+        )
+        jobs.append(
+            dict(
+                file=f'{FOLDERS[v.patient in val]}/{fname}',
+                source=v.name,
+                patient_id=v.patient,
+                organ=organ or 'unknown',
+                acquisition=name,
+                plane=plane,
+                site=site.name,
+                bytes=sum((v.root / f).stat().st_size for f in set(v.files)),
+            )
+        )
     return jobs
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #97c094bb
 def _image_header(v, job, acq):
     "ISMRMRD header of k-space that was computed from an image."
-    slices, coils, H, W = acq.kspace.shape; site, a = SITES[job['site']], v.about
+    slices, coils, H, W = acq.kspace.shape
+    site, a = SITES[job['site']], v.about
     organ = '' if job['organ'] == 'unknown' else job['organ']
-    return Header(encoded=(H, W, 1), recon=(*acq.recon, 1), encoded_fov_mm=acq.fov_mm[0], recon_fov_mm=acq.fov_mm[1], enc_center=acq.enc_center,
-                  enc_maximum=acq.enc_maximum, slice_maximum=slices - 1, slice_center=slices//2, field_T=a.get('field_T') or site.field_T, coils=coils,
-                  vendor=site.vendor, model=site.model, site=site.name, patient_id=v.patient, body_part=organ.upper(),
-                  patient_position=a.get('position') or 'HFS', protocol=job['acquisition'], simulated=True, source='images',
-                  **{k: a[k] for k in ('tr_ms', 'te_ms', 'ti_ms', 'flip_deg') if k in a})
+    return Header(
+        encoded=(H, W, 1),
+        recon=(*acq.recon, 1),
+        encoded_fov_mm=acq.fov_mm[0],
+        recon_fov_mm=acq.fov_mm[1],
+        enc_center=acq.enc_center,
+        enc_maximum=acq.enc_maximum,
+        slice_maximum=slices - 1,
+        slice_center=slices // 2,
+        field_T=a.get('field_T') or site.field_T,
+        coils=coils,
+        vendor=site.vendor,
+        model=site.model,
+        site=site.name,
+        patient_id=v.patient,
+        body_part=organ.upper(),
+        patient_position=a.get('position') or 'HFS',
+        protocol=job['acquisition'],
+        simulated=True,
+        source='images',
+        **{k: a[k] for k in ('tr_ms', 'te_ms', 'ti_ms', 'flip_deg') if k in a},
+    )
+
 
 def _convert(out, v, job, settings):
     "Make the file of one volume unless it is there. Returns why the image could not be read, or ''."
-    path = Path(out)/job['file']
-    if path.exists(): return ''
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    path = Path(out) / job['file']
+    if path.exists():
+        return ''
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        try: image, spacing, plane = read_image(v, job['plane'], job['organ'])
+        try:
+            image, spacing, plane = read_image(v, job['plane'], job['organ'])
         except DataError as e:
-            if settings['strict']: raise
+            if settings['strict']:
+                raise
             return _below(v.root, str(e))
         first, end = middle_slices(image, settings['slices'])
         seed = [settings['seed'], *np.frombuffer(hashlib.sha256(v.name.encode()).digest()[:16], '<u4').tolist()]
-        acq = image_kspace(image[first:end], spacing, organ=job['organ'], plane=plane, contrast=v.contrast, site=job['site'], seed=seed,
-                           **{k: settings[k] for k in ('coils', 'recon', 'fov', 'snr')})
-        write_volume(path, acq.kspace, header=_image_header(v, job, acq), acquisition=job['acquisition'], patient_id=v.patient,
-                     attrs=dict(source_file=v.name, source_slices=f'{first}:{end}', snr=acq.extras['snr']))
-    finally: torch.set_num_threads(threads)
+        acq = image_kspace(
+            image[first:end],
+            spacing,
+            organ=job['organ'],
+            plane=plane,
+            contrast=v.contrast,
+            site=job['site'],
+            seed=seed,
+            **{k: settings[k] for k in ('coils', 'recon', 'fov', 'snr')},
+        )
+        write_volume(
+            path,
+            acq.kspace,
+            header=_image_header(v, job, acq),
+            acquisition=job['acquisition'],
+            patient_id=v.patient,
+            attrs=dict(source_file=v.name, source_slices=f'{first}:{end}', snr=acq.extras['snr']),
+        )
+    finally:
+        torch.set_num_threads(threads)
     return ''
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #4200f7f8
@@ -108,119 +172,179 @@ def _image_settings(given):
     "Complete settings as they will stand in the record. Raises `DataError` for what cannot be."
     s = dict(given)
     for k in ('recon', 'fov'):
-        if s[k] is not None: s[k] = [s[k]]*2 if np.ndim(s[k]) == 0 else list(s[k])
-    if not 0 <= s['val_fraction'] < 1: raise DataError(f"val_fraction must lie in 0..1, without the 1, found {s['val_fraction']}.")
-    if s['seed'] < 0: raise DataError(f"seed must not be negative, found {s['seed']}.")
+        if s[k] is not None:
+            s[k] = [s[k]] * 2 if np.ndim(s[k]) == 0 else list(s[k])
+    if not 0 <= s['val_fraction'] < 1:
+        raise DataError(f'val_fraction must lie in 0..1, without the 1, found {s["val_fraction"]}.')
+    if s['seed'] < 0:
+        raise DataError(f'seed must not be negative, found {s["seed"]}.')
     low = {k: s[k] for k in ('coils', 'slices', 'limit', 'snr') if s[k] is not None and not s[k] > 0}
-    if low: raise DataError(f"{', '.join(low)} must be larger than 0, found {', '.join(map(str, low.values()))}.")
-    if s['organ'] is not None: s['organ'] = organ_from(s['organ']) or None
-    if s['snr'] == np.inf: s['snr'] = 1e9          # JSON has no infinity
+    if low:
+        raise DataError(f'{", ".join(low)} must be larger than 0, found {", ".join(map(str, low.values()))}.')
+    if s['organ'] is not None:
+        s['organ'] = organ_from(s['organ']) or None
+    if s['snr'] == np.inf:
+        s['snr'] = 1e9  # JSON has no infinity
     return s | dict(source='images', version=__version__)
+
 
 def _claim_images(out, record):
     "Write `record` into the folder `out`, or find the same there. Raises `DataError` where it holds something else."
-    path = out/'simulation.json'
+    path = out / 'simulation.json'
     if not path.exists():
-        if out.exists() and any(out.rglob('*.h5')): raise DataError(f'{out}: holds *.h5 files that were not made here. Choose another folder.')
-        with atomic_path(path) as tmp: tmp.write_text(json.dumps(record, indent=1))
+        if out.exists() and any(out.rglob('*.h5')):
+            raise DataError(f'{out}: holds *.h5 files that were not made here. Choose another folder.')
+        with atomic_path(path) as tmp:
+            tmp.write_text(json.dumps(record, indent=1))
         return
-    try: found = json.loads(path.read_text())
-    except ValueError as e: raise DataError(f'{path}: cannot be read ({e}). Choose another folder, or delete this one.') from e
-    if not isinstance(found, dict): found = {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as e:
+        raise DataError(f'{path}: cannot be read ({e}). Choose another folder, or delete this one.') from e
+    if not isinstance(found, dict):
+        found = {}
     wanted = json.loads(json.dumps(record))
-    change = [f'{k} {found.get(k)} there, {wanted.get(k)} asked for' for k in sorted((wanted | found).keys() - {'files', 'skipped'})
-              if found.get(k) != wanted.get(k)]
+    change = [
+        f'{k} {found.get(k)} there, {wanted.get(k)} asked for'
+        for k in sorted((wanted | found).keys() - {'files', 'skipped'})
+        if found.get(k) != wanted.get(k)
+    ]
     files = found.get('files', [])
-    made = {j['source'] for j in files if (out/j['file']).exists()}         # an image that gave no file yet may have been mended
+    made = {
+        j['source'] for j in files if (out / j['file']).exists()
+    }  # an image that gave no file yet may have been mended
     a, b = [{j['source']: j['bytes'] if j['source'] in made else 0 for j in r} for r in (files, wanted['files'])]
     moved = sorted(n for n in a | b if a.get(n) != b.get(n))
     more = f' and {len(moved) - 3} more' if len(moved) > 3 else ''
-    if moved: change.append(f'images were added, removed or changed since: {", ".join(moved[:3])}{more}')
+    if moved:
+        change.append(f'images were added, removed or changed since: {", ".join(moved[:3])}{more}')
     elif not change and [j['file'] for j in files] != [j['file'] for j in wanted['files']]:
         change.append('what the images say about themselves has changed')
     if change:
-        raise DataError(f'{out}: holds a data set made with other settings or images ({"; ".join(change)}). Choose another folder, or delete this one.')
+        raise DataError(
+            f'{out}: holds a data set made with other settings or images ({"; ".join(change)}). Choose another folder, or delete this one.'
+        )
     if files != wanted['files']:
-        with atomic_path(path) as tmp: tmp.write_text(json.dumps(record, indent=1))
+        with atomic_path(path) as tmp:
+            tmp.write_text(json.dumps(record, indent=1))
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #74a8522b
 def _check_room(out, volumes, jobs, settings, workers):
     "Raise `DataError` if disk or memory cannot hold what will be made. K-space takes 8 bytes a sample and twice the rows of the image."
     need, largest = 0, (0, '')
     for v, job in zip(volumes, jobs):
-        if (out/job['file']).exists(): continue
+        if (out / job['file']).exists():
+            continue
         shape, spacing, _ = _geometry(v, job['plane'], job['organ'])
-        (h, w), coils = field_of_view(shape, spacing, settings['recon'], settings['fov'])[1], settings['coils'] or SITES[job['site']].coils
-        size = min(shape[0], settings['slices'] or shape[0])*h*w*(16*coils + 4)
-        need, largest = need + size, max(largest, (2*size + 12*np.prod(shape), v.name))
+        (h, w), coils = (
+            field_of_view(shape, spacing, settings['recon'], settings['fov'])[1],
+            settings['coils'] or SITES[job['site']].coils,
+        )
+        size = min(shape[0], settings['slices'] or shape[0]) * h * w * (16 * coils + 4)
+        need, largest = need + size, max(largest, (2 * size + 12 * np.prod(shape), v.name))
     free, ram = shutil.disk_usage(out).free, psutil.virtual_memory().available
-    if 1.05*need > free:
-        raise DataError(f'{out}: the data set needs up to {need/1e9:.2f} GB, {free/1e9:.2f} GB are free. '
-                        'Free some space, or ask for fewer slices, coils or pixels (recon).')
-    if workers*largest[0] > ram:
-        raise DataError(f'{largest[1]}: needs about {largest[0]/1e9:.1f} GB of memory in each of {workers} processes, {ram/1e9:.1f} GB are available. '
-                        'Ask for fewer slices, coils, pixels (recon) or workers.')
+    if 1.05 * need > free:
+        raise DataError(
+            f'{out}: the data set needs up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. '
+            'Free some space, or ask for fewer slices, coils or pixels (recon).'
+        )
+    if workers * largest[0] > ram:
+        raise DataError(
+            f'{largest[1]}: needs about {largest[0] / 1e9:.1f} GB of memory in each of {workers} processes, {ram / 1e9:.1f} GB are available. '
+            'Ask for fewer slices, coils, pixels (recon) or workers.'
+        )
+
 
 def _convert_all(tasks, workers, bar):
     "Call `_convert` for each of `tasks`, here or in `workers` processes: source -> why it was left out."
     left = {}
+
     def note(task, reason):
-        if reason: left[task[1].name] = reason
+        if reason:
+            left[task[1].name] = reason
         bar.update()
+
     if workers <= 1:
-        for t in tasks: note(t, _convert(*t))
+        for t in tasks:
+            note(t, _convert(*t))
         return left
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
             waiting = {pool.submit(_convert, *t): t for t in tasks}
-            for done in as_completed(waiting): note(waiting[done], done.result())
+            for done in as_completed(waiting):
+                note(waiting[done], done.result())
         except BrokenProcessPool as e:
-            raise DataError('a worker process died, perhaps for lack of memory. Start again with workers=1; finished files are kept.') from e
-        except BaseException:   # the first error ends the whole: do not start what still waits
+            raise DataError(
+                'a worker process died, perhaps for lack of memory. Start again with workers=1; finished files are kept.'
+            ) from e
+        except BaseException:  # the first error ends the whole: do not start what still waits
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return left
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #9eba0b79
 def simulate_from_images(
-    images,            # folder with NIfTI (.nii, .nii.gz), DICOM or .npy images, searched with its subfolders
-    out,               # folder for the files; made if missing, continued if begun with the same settings and images
-    *, seed=0,         # split, coils, phase, noise
-    coils=None,        # of each volume; default: the site's own number
-    recon=None,        # size of the target, (rows, cols) or one number, even; default: the image's own. See `field_of_view`
-    fov=None,          # field of view, (rows, cols) or one number, mm; default: the whole image
-    organ=None,        # 'brain', 'knee' or another, for all images; default: what their headers say
-    plane=None,        # 'axial', 'coronal', 'sagittal' or 'stored'; default: `choose_plane`. For `.npy`: what the slices are
-    slices=None,       # at most so many of each volume, from its middle; default: all that hold something
-    val_fraction=.2,   # share of the patients in multicoil_val
-    snr=None,          # mean signal / noise of what is added; default: about 30, less at the second site
-    patient=None,      # regular expression that finds the patient in a path below `images`; default: `patient_of`
-    limit=None,        # at most so many volumes
-    workers=None,      # processes; default: as many as there are cores, at most 2. Each holds one volume
-    progress=True,     # show a progress bar
-    strict=False,      # an image that cannot be used: True an error; False left out with a warning
-) -> pd.DataFrame:     # the index of `out`
+    images,  # folder with NIfTI (.nii, .nii.gz), DICOM or .npy images, searched with its subfolders
+    out,  # folder for the files; made if missing, continued if begun with the same settings and images
+    *,
+    seed=0,  # split, coils, phase, noise
+    coils=None,  # of each volume; default: the site's own number
+    recon=None,  # size of the target, (rows, cols) or one number, even; default: the image's own. See `field_of_view`
+    fov=None,  # field of view, (rows, cols) or one number, mm; default: the whole image
+    organ=None,  # 'brain', 'knee' or another, for all images; default: what their headers say
+    plane=None,  # 'axial', 'coronal', 'sagittal' or 'stored'; default: `choose_plane`. For `.npy`: what the slices are
+    slices=None,  # at most so many of each volume, from its middle; default: all that hold something
+    val_fraction=0.2,  # share of the patients in multicoil_val
+    snr=None,  # mean signal / noise of what is added; default: about 30, less at the second site
+    patient=None,  # regular expression that finds the patient in a path below `images`; default: `patient_of`
+    limit=None,  # at most so many volumes
+    workers=None,  # processes; default: as many as there are cores, at most 2. Each holds one volume
+    progress=True,  # show a progress bar
+    strict=False,  # an image that cannot be used: True an error; False left out with a warning
+) -> pd.DataFrame:  # the index of `out`
     """Turn images into files of computed k-space: `out`/multicoil_train, `out`/multicoil_val, and the record `simulation.json`.
 
     The same images, seed and settings give the same bytes, whatever the number of workers. Files that exist are kept, so a
     killed run goes on where it was. Raises `DataError` for unusable images or settings, a folder with other content, a full disk."""
-    settings = _image_settings(dict(seed=int(seed), coils=coils, recon=recon, fov=fov, organ=organ, plane=plane, slices=slices,
-                                    val_fraction=float(val_fraction), snr=snr, patient=patient, limit=limit))
+    settings = _image_settings(
+        dict(
+            seed=int(seed),
+            coils=coils,
+            recon=recon,
+            fov=fov,
+            organ=organ,
+            plane=plane,
+            slices=slices,
+            val_fraction=float(val_fraction),
+            snr=snr,
+            patient=patient,
+            limit=limit,
+        )
+    )
     volumes, skipped = _search(images, patient, strict)
     out, volumes, workers = Path(out), volumes[:limit], min(2, os.cpu_count() or 1) if workers is None else workers
     jobs = plan_images(volumes, settings)
-    for v, job in zip(volumes, jobs): field_of_view(*_geometry(v, job['plane'], job['organ'])[:2], settings['recon'], settings['fov'])
+    for v, job in zip(volumes, jobs):
+        field_of_view(*_geometry(v, job['plane'], job['organ'])[:2], settings['recon'], settings['fov'])
     record = settings | dict(files=jobs, skipped=skipped)
     _claim_images(out, record)
     _check_room(out, volumes, jobs, settings, max(workers, 1))
     with tqdm(total=len(jobs), desc='simulate', unit='volume', disable=not progress) as bar:
-        skipped = skipped | _convert_all([(out, v, j, settings | dict(strict=strict)) for v, j in zip(volumes, jobs)], workers, bar)
-    with atomic_path(out/'simulation.json') as tmp: tmp.write_text(json.dumps(record | dict(skipped=skipped), indent=1))
+        skipped = skipped | _convert_all(
+            [(out, v, j, settings | dict(strict=strict)) for v, j in zip(volumes, jobs)], workers, bar
+        )
+    with atomic_path(out / 'simulation.json') as tmp:
+        tmp.write_text(json.dumps(record | dict(skipped=skipped), indent=1))
     _warn_skipped(skipped)
-    if not any((out/j['file']).exists() for j in jobs):
-        raise DataError(f'{images}: none of {len(jobs)} volumes could be used; the first: {next(iter(skipped.values()))}')
+    if not any((out / j['file']).exists() for j in jobs):
+        raise DataError(
+            f'{images}: none of {len(jobs)} volumes could be used; the first: {next(iter(skipped.values()))}'
+        )
     if val_fraction and len({v.patient for v in volumes}) == 1:
-        warnings.warn(f'all {len(volumes)} volumes count as one patient ({volumes[0].patient}), so that {FOLDERS[1]} is empty. If they are of several, '
-                      'name the folder that holds the files, or give the rule `patient`.', stacklevel=2)
+        warnings.warn(
+            f'all {len(volumes)} volumes count as one patient ({volumes[0].patient}), so that {FOLDERS[1]} is empty. If they are of several, '
+            'name the folder that holds the files, or give the rule `patient`.',
+            stacklevel=2,
+        )
     return index_volumes(out)

@@ -12,142 +12,209 @@ from scipy import fft as sfft
 from ..machinery.disk import DataError
 from .coils import coil_loops, coil_maps, smooth_phase
 from .contrast import SITES
-from .scanner import Acquisition, coarse_grid, coil_noise, encoding_limits, noise_mixing, signal_scale, to_kspace
+from mri_unlearn.phantom.scanner import (
+    Acquisition,
+    coarse_grid,
+    coil_noise,
+    encoding_limits,
+    noise_mixing,
+    signal_scale,
+    to_kspace,
+)
 from .tissue import Noise, PLANES, band
 
 # %% ../../nbs/25_phantom.images.ipynb #b2a49b86
-def field_of_view(shape,      # of the image, rows and columns last
-                  spacing,    # mm, (..., row, column)
-                  recon=None, # (rows, cols) of the target, even; default: those of the image, made even
-                  fov=None,   # (rows, cols) in mm; default: the whole image, with air added where `recon` has another shape
-                 ):           # (rows, cols) of image pixels that are used, (rows, cols) of the target
+def field_of_view(
+    shape,  # of the image, rows and columns last
+    spacing,  # mm, (..., row, column)
+    recon=None,  # (rows, cols) of the target, even; default: those of the image, made even
+    fov=None,  # (rows, cols) in mm; default: the whole image, with air added where `recon` has another shape
+):  # (rows, cols) of image pixels that are used, (rows, cols) of the target
     "How much of an image, or of the air around it, is seen, and with how many pixels. Raises `DataError` for pixels finer than the image's."
     size, mm = np.array(shape[-2:]), np.array(spacing[-2:], float)
     if recon is not None and (len(recon) != 2 or min(recon) < 2 or any(int(r) != r or r % 2 for r in recon)):
         raise DataError(f'recon must be two even numbers (rows, columns), found {recon}.')
-    if fov is not None: extent = np.array(fov, float)
-    elif recon is None: extent = mm*(size + size % 2)
-    else: extent = np.array(recon)*max((size*mm/recon).max(), mm.max())
-    if not (extent > 0).all() or len(extent) != 2: raise DataError(f'fov must be two positive numbers (rows, columns) in mm, found {fov}.')
-    pixels = np.ceil(extent/mm - 1e-6).astype(int)
+    if fov is not None:
+        extent = np.array(fov, float)
+    elif recon is None:
+        extent = mm * (size + size % 2)
+    else:
+        extent = np.array(recon) * max((size * mm / recon).max(), mm.max())
+    if not (extent > 0).all() or len(extent) != 2:
+        raise DataError(f'fov must be two positive numbers (rows, columns) in mm, found {fov}.')
+    pixels = np.ceil(extent / mm - 1e-6).astype(int)
     recon = pixels - pixels % 2 if recon is None else np.array(recon)
     if (recon > pixels).any() or recon.min() < 2:
-        raise DataError(f'{recon[0]}x{recon[1]} pixels in {extent[0]:.0f}x{extent[1]:.0f} mm are finer than the image, which has '
-                        f'{pixels[0]}x{pixels[1]} there, so that the outer k-space would be empty. Ask for fewer pixels or a larger field of view.')
+        raise DataError(
+            f'{recon[0]}x{recon[1]} pixels in {extent[0]:.0f}x{extent[1]:.0f} mm are finer than the image, which has '
+            f'{pixels[0]}x{pixels[1]} there, so that the outer k-space would be empty. Ask for fewer pixels or a larger field of view.'
+        )
     return tuple(pixels.tolist()), tuple(recon.tolist())
 
 # %% ../../nbs/25_phantom.images.ipynb #5859e00e
-def fit_pixels(a,    # [..., rows, cols]
-               size, # (rows, cols)
-              ):
+def fit_pixels(
+    a,  # [..., rows, cols]
+    size,  # (rows, cols)
+):
     "Crop the last two axes or pad them with zeros; the origin, index n//2, stays the origin."
     for axis, n in ((-2, size[0]), (-1, size[1])):
-        have = a.shape[axis]; first = have//2 - n//2
+        have = a.shape[axis]
+        first = have // 2 - n // 2
         a = np.take(a, np.arange(max(first, 0), min(first + n, have)), axis)
-        pad = [(0, 0)]*a.ndim; pad[axis] = max(-first, 0), n - a.shape[axis] - max(-first, 0)
+        pad = [(0, 0)] * a.ndim
+        pad[axis] = max(-first, 0), n - a.shape[axis] - max(-first, 0)
         a = np.pad(a, pad)
     return a
 
-def refine(a,    # real or complex [..., rows, cols], samples of something periodic and band-limited
-           size, # (rows, cols), not smaller
-          ):     # complex [..., *size], the same function on a finer grid
+
+def refine(
+    a,  # real or complex [..., rows, cols], samples of something periodic and band-limited
+    size,  # (rows, cols), not smaller
+):  # complex [..., *size], the same function on a finer grid
     "Band-limited interpolation of the last two axes."
     for axis, n in ((-2, size[0]), (-1, size[1])):
         have = a.shape[axis]
-        if n == have: continue
+        if n == have:
+            continue
         k = np.moveaxis(sfft.fftshift(sfft.fft(sfft.ifftshift(a, axis), axis=axis), axis), axis, -1)
-        wide = np.zeros((*k.shape[:-1], n), k.dtype); first = n//2 - have//2
-        wide[..., first:first + have] = k
-        if have % 2 == 0: wide[..., first] /= 2; wide[..., first + have] = wide[..., first]
+        wide = np.zeros((*k.shape[:-1], n), k.dtype)
+        first = n // 2 - have // 2
+        wide[..., first : first + have] = k
+        if have % 2 == 0:
+            wide[..., first] /= 2
+            wide[..., first + have] = wide[..., first]
         k = np.moveaxis(wide, -1, axis)
-        a = sfft.fftshift(sfft.ifft(sfft.ifftshift(k, axis), axis=axis), axis)*np.float32(n/have)
+        a = sfft.fftshift(sfft.ifft(sfft.ifftshift(k, axis), axis=axis), axis) * np.float32(n / have)
     return a
 
 # %% ../../nbs/25_phantom.images.ipynb #70dc90b2
-_FIT = dict(brain=(78., 97.), knee=(60., 62.))   # half width and half depth of the body, mm, that the arrays of `coil_loops` are made for
+_FIT = dict(
+    brain=(78.0, 97.0), knee=(60.0, 62.0)
+)  # half width and half depth of the body, mm, that the arrays of `coil_loops` are made for
 
-def body_extent(image,   # [slices, rows, cols]
-                spacing, # mm, (slice, row, column)
-                plane,   # key of `PLANES`; 'stored' counts as axial
-               ):        # centre [3], half extent [3]: mm along x, y, z, from the middle of the stack
+
+def body_extent(
+    image,  # [slices, rows, cols]
+    spacing,  # mm, (slice, row, column)
+    plane,  # key of `PLANES`; 'stored' counts as axial
+):  # centre [3], half extent [3]: mm along x, y, z, from the middle of the stack
     "Where the body is in a volume: everything brighter than a tenth of the bright tissue."
-    a = np.abs(image); bright = a > .1*(np.percentile(a, 99.7) or a.max())
-    ir, ic, ia = PLANES.get(plane, PLANES['axial']); sign = {ir: -1, ic: -1 if plane == 'sagittal' else 1, ia: 1}
+    a = np.abs(image)
+    bright = a > 0.1 * (np.percentile(a, 99.7) or a.max())
+    ir, ic, ia = PLANES.get(plane, PLANES['axial'])
+    sign = {ir: -1, ic: -1 if plane == 'sagittal' else 1, ia: 1}
     centre, half = np.zeros(3), np.zeros(3)
     for axis, to in ((0, ia), (1, ir), (2, ic)):
-        profile = bright.mean(tuple({0, 1, 2} - {axis})); held = np.flatnonzero(profile > .05*profile.max()); n = len(profile)
-        centre[to] = sign[to]*((held[0] + held[-1])/2 - (n//2 if axis else (n - 1)/2))*spacing[axis]
-        half[to] = (held[-1] - held[0] + 1)/2*spacing[axis]
+        profile = bright.mean(tuple({0, 1, 2} - {axis}))
+        held = np.flatnonzero(profile > 0.05 * profile.max())
+        n = len(profile)
+        centre[to] = sign[to] * ((held[0] + held[-1]) / 2 - (n // 2 if axis else (n - 1) / 2)) * spacing[axis]
+        half[to] = (held[-1] - held[0] + 1) / 2 * spacing[axis]
     return centre, half
 
-def _loudness(maps): return np.sqrt((np.abs(maps)**2).sum(0))
 
-def coil_fields(rng,     # numpy Generator
-                organ,   # 'knee', or anything else for an array like a head's
-                coils,   # receive channels
-                bumps,   # radian of phase per unit of a smooth random field; None: no phase
-                plane,   # key of `PLANES`, or 'stored'
-                centre,  # [3] mm, from `body_extent`
-                half,    # [3] mm, from `body_extent`
-               ):        # function (rows [n], cols [m], at), in mm -> complex64 [coils, n, m]
+def _loudness(maps):
+    return np.sqrt((np.abs(maps) ** 2).sum(0))
+
+
+def coil_fields(
+    rng,  # numpy Generator
+    organ,  # 'knee', or anything else for an array like a head's
+    coils,  # receive channels
+    bumps,  # radian of phase per unit of a smooth random field; None: no phase
+    plane,  # key of `PLANES`, or 'stored'
+    centre,  # [3] mm, from `body_extent`
+    half,  # [3] mm, from `body_extent`
+):  # function (rows [n], cols [m], at), in mm -> complex64 [coils, n, m]
     "What multiplies the image in each coil: smooth phase and sensitivity."
     organ, plane = 'knee' if organ == 'knee' else 'brain', 'axial' if plane == 'stored' else plane
-    loops, receiver = coil_loops(organ, coils, rng), np.exp(2j*np.pi*rng.uniform(size=coils)).astype('complex64')
-    coef, smooth = rng.standard_normal(12), Noise(rng, 32, 12., band(1.5, 4))
-    scale, middle = max(half[0]/_FIT[organ][0], half[1]/_FIT[organ][1]), np.mean([c for c, *_ in loops], 0)
-    a = np.linspace(0, 2*np.pi, 40); skin = middle[:, None] + 1.15*np.stack([_FIT[organ][0]*np.cos(a), _FIT[organ][1]*np.sin(a), 0*a])
+    loops, receiver = coil_loops(organ, coils, rng), np.exp(2j * np.pi * rng.uniform(size=coils)).astype('complex64')
+    coef, smooth = rng.standard_normal(12), Noise(rng, 32, 12.0, band(1.5, 4))
+    scale, middle = max(half[0] / _FIT[organ][0], half[1] / _FIT[organ][1]), np.mean([c for c, *_ in loops], 0)
+    a = np.linspace(0, 2 * np.pi, 40)
+    skin = middle[:, None] + 1.15 * np.stack([_FIT[organ][0] * np.cos(a), _FIT[organ][1] * np.sin(a), 0 * a])
     limit = _loudness(coil_maps(loops, skin)).max()
+
     def fields(rows, cols, at):
         p, y, x, up = coarse_grid(rows, cols, at, plane)
-        p = (p - np.reshape(centre, (3, 1, 1)))/scale + middle[:, None, None]
-        phase = 0 if bumps is None else up(smooth_phase(smooth.points(p*1.4 + 11), y/(110*scale), x/(110*scale), coef, bumps))
-        maps = coil_maps(loops, p)*receiver[:, None, None]
-        maps = maps*(1 + (_loudness(maps)/limit)**8)**-.125
-        return np.stack([up(m) for m in maps]).astype('complex64')*np.exp(1j*phase).astype('complex64')
+        p = (p - np.reshape(centre, (3, 1, 1))) / scale + middle[:, None, None]
+        phase = (
+            0
+            if bumps is None
+            else up(smooth_phase(smooth.points(p * 1.4 + 11), y / (110 * scale), x / (110 * scale), coef, bumps))
+        )
+        maps = coil_maps(loops, p) * receiver[:, None, None]
+        maps = maps * (1 + (_loudness(maps) / limit) ** 8) ** -0.125
+        return np.stack([up(m) for m in maps]).astype('complex64') * np.exp(1j * phase).astype('complex64')
+
     return fields
 
 # %% ../../nbs/25_phantom.images.ipynb #30e438e7
 def _gather(image, spacing, fields, pixels, recon, oversample, coils):
     "Noiseless k-space complex64 [slices, coils, H, W] of a volume."
-    (h, w), H = recon, recon[0]*oversample
-    n, m = [2*sfft.next_fast_len(-(-max(2*r, p)//2)) for r, p in zip(recon, pixels)]
-    rows, cols = [(np.arange(f) - f//2)*p*s/f for f, p, s in zip((n, m), pixels, spacing[1:])]
+    (h, w), H = recon, recon[0] * oversample
+    n, m = [2 * sfft.next_fast_len(-(-max(2 * r, p) // 2)) for r, p in zip(recon, pixels)]
+    rows, cols = [(np.arange(f) - f // 2) * p * s / f for f, p, s in zip((n, m), pixels, spacing[1:])]
     k = np.empty((len(image), coils, H, w), 'complex64')
     for i, a in enumerate(image):
         fine = refine(fit_pixels(a, pixels), (n, m)).astype('complex64')
-        k[i] = to_kspace(fields(rows, cols, (i - (len(image) - 1)/2)*spacing[0])*fine, H, w, oversample)
+        k[i] = to_kspace(fields(rows, cols, (i - (len(image) - 1) / 2) * spacing[0]) * fine, H, w, oversample)
     return k
 
-def image_kspace(image,          # float [slices, rows, cols], magnitude; or complex: its own phase is kept and none is added
-                 spacing,        # mm, (slice, row, column)
-                 *, organ='brain', # 'knee' has its own coils, all others those of a head
-                 plane='axial',  # key of `PLANES`: which way the slices lie between the coils
-                 contrast='',    # 'T1' has the larger phase of a gradient echo
-                 site='north',   # key of `SITES`, or a `Site`
-                 coils=None,     # default: the site's
-                 seed=0,         # int or sequence of ints: all that is random
-                 recon=None, fov=None, # (rows, cols) of the target, and in mm: see `field_of_view`
-                 oversample=2,   # of the readout
-                 snr=None,       # mean signal / noise; default: about 30 at the first site; inf: no noise
-                 padding=True,   # leave the sides of k-space empty in every other volume, as scanners do
-                 fields=None,    # function as from `coil_fields`, instead of random ones
-                ) -> Acquisition: # `extras`: snr, and sigma of the noise in each coil
+
+def image_kspace(
+    image,  # float [slices, rows, cols], magnitude; or complex: its own phase is kept and none is added
+    spacing,  # mm, (slice, row, column)
+    *,
+    organ='brain',  # 'knee' has its own coils, all others those of a head
+    plane='axial',  # key of `PLANES`: which way the slices lie between the coils
+    contrast='',  # 'T1' has the larger phase of a gradient echo
+    site='north',  # key of `SITES`, or a `Site`
+    coils=None,  # default: the site's
+    seed=0,  # int or sequence of ints: all that is random
+    recon=None,
+    fov=None,  # (rows, cols) of the target, and in mm: see `field_of_view`
+    oversample=2,  # of the readout
+    snr=None,  # mean signal / noise; default: about 30 at the first site; inf: no noise
+    padding=True,  # leave the sides of k-space empty in every other volume, as scanners do
+    fields=None,  # function as from `coil_fields`, instead of random ones
+) -> Acquisition:  # `extras`: snr, and sigma of the noise in each coil
     "Multi-coil k-space of an image volume. The same arguments give the same bytes. Raises `DataError` for sizes that cannot be."
     site = SITES[site] if isinstance(site, str) else site
     rng, noise_rng = [np.random.default_rng(s) for s in np.random.SeedSequence(np.atleast_1d(seed).tolist()).spawn(2)]
     pixels, recon = field_of_view(image.shape, spacing, recon, fov)
     W, coils = recon[1], coils or site.coils
-    peak, level, mixing = rng.uniform(3e-4, 8e-4), 30/site.noise*10**rng.uniform(-.12, .12), noise_mixing(coils, rng)
-    measured = W if rng.uniform() < .5 or not padding else 2*max(1, round(W*rng.uniform(.82, .95)/2))
-    bumps = None if np.iscomplexobj(image) else (.9 if contrast.startswith('T1') else .35)*site.field_T/3
+    peak, level, mixing = (
+        rng.uniform(3e-4, 8e-4),
+        30 / site.noise * 10 ** rng.uniform(-0.12, 0.12),
+        noise_mixing(coils, rng),
+    )
+    measured = W if rng.uniform() < 0.5 or not padding else 2 * max(1, round(W * rng.uniform(0.82, 0.95) / 2))
+    bumps = None if np.iscomplexobj(image) else (0.9 if contrast.startswith('T1') else 0.35) * site.field_T / 3
     fields = fields or coil_fields(rng, organ, coils, bumps, plane, *body_extent(image, spacing, plane))
     k = _gather(image, spacing, fields, pixels, recon, oversample, coils)
     gain, sigma = signal_scale(k, peak, snr or level)
     k *= gain
     for i in range(len(k)):
-        if sigma > 0: k[i] += coil_noise(mixing, k[i].shape, sigma, noise_rng)
+        if sigma > 0:
+            k[i] += coil_noise(mixing, k[i].shape, sigma, noise_rng)
     center, maximum, left, right = encoding_limits(W, measured)
-    k[..., :left] = 0; k[..., right:] = 0
-    y, x = [p*s for p, s in zip(pixels, spacing[1:])]
-    return Acquisition(k, recon, ((y*oversample, x, spacing[0]), (y, x, spacing[0])), 0., 0., 0., 0., '', site.field_T, center, maximum, site,
-                       contrast or 'unknown', dict(snr=float(snr or level), sigma=sigma))
+    k[..., :left] = 0
+    k[..., right:] = 0
+    y, x = [p * s for p, s in zip(pixels, spacing[1:])]
+    return Acquisition(
+        k,
+        recon,
+        ((y * oversample, x, spacing[0]), (y, x, spacing[0])),
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        '',
+        site.field_T,
+        center,
+        maximum,
+        site,
+        contrast or 'unknown',
+        dict(snr=float(snr or level), sigma=sigma),
+    )

@@ -14,9 +14,21 @@ from .tissue import Painter, _affine, ellipsoid, join, meet, rods
 # %% ../../nbs/12_phantom.knee.ipynb #44796513
 def knee_person(rng):
     "The numbers that make one knee"
-    spots = [((rng.uniform(-30, 30), rng.uniform(-18, 18), rng.choice([-9, 10]) + rng.normal(0, 3)), rng.uniform(2, 8, 3)) for _ in range(rng.integers(0, 3))]
-    return dict(affine=_affine(rng, .05, .07), bend=rng.uniform(1., 2.5), subcut=rng.uniform(5, 13), cart=rng.uniform(1.7, 2.8), fluid=rng.uniform(0, 1),
-                red=rng.uniform(-.6, 1.2), spots=spots, girth=rng.uniform(52, 60), shift=rng.uniform(0, 150, 6).astype('float32'))
+    spots = [
+        ((rng.uniform(-30, 30), rng.uniform(-18, 18), rng.choice([-9, 10]) + rng.normal(0, 3)), rng.uniform(2, 8, 3))
+        for _ in range(rng.integers(0, 3))
+    ]
+    return dict(
+        affine=_affine(rng, 0.05, 0.07),
+        bend=rng.uniform(1.0, 2.5),
+        subcut=rng.uniform(5, 13),
+        cart=rng.uniform(1.7, 2.8),
+        fluid=rng.uniform(0, 1),
+        red=rng.uniform(-0.6, 1.2),
+        spots=spots,
+        girth=rng.uniform(52, 60),
+        shift=rng.uniform(0, 150, 6).astype('float32'),
+    )
 
 # %% ../../nbs/12_phantom.knee.ipynb #72c20cb8
 def knee_bones(p, m):
@@ -28,95 +40,139 @@ def knee_bones(p, m):
     tibia = join(ellipsoid(p, (0, -2, -17), (38.5, 26, 14.5)), rods(p, [(0, 3, -28), (-2, 0, -200)], [19, 12]), 16)
     tibia = join(join(tibia, ellipsoid(p, (0, 19, -36), (11, 9, 14)), 6), ellipsoid(m, (4, -2, -4), (3.5, 8, 6)), 4)
     fibula = join(rods(p, [(37, -20, -24), (38, -18, -200)], [7.5, 6]), ellipsoid(p, (36, -20, -25), (10, 10, 9)), 4)
-    return dict(femur=meet(femur, -notch, 4), tibia=tibia, fibula=fibula, patella=ellipsoid(p, (0, 45, 30), (21, 9.5, 20)), notch=notch)
+    return dict(
+        femur=meet(femur, -notch, 4),
+        tibia=tibia,
+        fibula=fibula,
+        patella=ellipsoid(p, (0, 45, 30), (21, 9.5, 20)),
+        notch=notch,
+    )
 
 # %% ../../nbs/12_phantom.knee.ipynb #d4cbb6db
 def knee_bands(x, y, z, p):
     "Distances to ligaments, tendons and menisci"
     acl = rods(p, [(6, -15, 21), (-3, 12, -3)], [3.4, 4.4])
     pcl = rods(p, [(-6, 5, 15), (-4, -16, 11), (0, -28, -11)], [4.2, 4.6, 3.6])
-    flat, side = np.stack([x/4, y, z]), np.stack([x, y/4, z])                  # flattened rods are straps
-    front = np.maximum(rods(flat, [(0, 44, 12), (0, 40, -10), (0, 29, -38)], [2.6, 2.5, 2.6]), rods(flat, [(0, 47, 49), (0, 41, 80), (0, 37, 140)], [3.4, 3, 3]))
-    mcl = rods(side, [(-40, 0, 26), (-42, 0, 0), (-31, .5, -50)], [1.3, 1.5, 1.1])
-    lcl = np.maximum(rods(p, [(40, -6, 24), (39, -20, -22)], [2., 2.]), rods(side, [(47, 3, 120), (43, 3, 25), (34, 4, -16)], [1.5, 1.5, 1.8]))
-    rho = np.hypot(np.abs(x) - 20, (y + 2)*.78)
-    meniscus = np.minimum(np.minimum(rho - 8, 19.5 - rho), 1 + (rho - 8)*.33 - np.abs(z - .5))
+    flat, side = np.stack([x / 4, y, z]), np.stack([x, y / 4, z])  # flattened rods are straps
+    front = np.maximum(
+        rods(flat, [(0, 44, 12), (0, 40, -10), (0, 29, -38)], [2.6, 2.5, 2.6]),
+        rods(flat, [(0, 47, 49), (0, 41, 80), (0, 37, 140)], [3.4, 3, 3]),
+    )
+    mcl = rods(side, [(-40, 0, 26), (-42, 0, 0), (-31, 0.5, -50)], [1.3, 1.5, 1.1])
+    lcl = np.maximum(
+        rods(p, [(40, -6, 24), (39, -20, -22)], [2.0, 2.0]),
+        rods(side, [(47, 3, 120), (43, 3, 25), (34, 4, -16)], [1.5, 1.5, 1.8]),
+    )
+    rho = np.hypot(np.abs(x) - 20, (y + 2) * 0.78)
+    meniscus = np.minimum(np.minimum(rho - 8, 19.5 - rho), 1 + (rho - 8) * 0.33 - np.abs(z - 0.5))
     return dict(acl=acl, pcl=pcl, front=front, sides=np.maximum(mcl, lcl), meniscus=meniscus)
 
 # %% ../../nbs/12_phantom.knee.ipynb #0174edb8
 def knee_flesh(sub, x, y, z, m, p, read, patella):
     "Distances to skin, fascia, muscles, vessels and the joint capsule"
     P = sub.p
-    skin = P['girth'] + .09*np.maximum(z, 0) - .10*np.maximum(-z - 25, 0) - np.hypot(x, (y - 2 + .05*z)/1.08)
+    skin = P['girth'] + 0.09 * np.maximum(z, 0) - 0.10 * np.maximum(-z - 25, 0) - np.hypot(x, (y - 2 + 0.05 * z) / 1.08)
     skin = join(skin, patella + 8, 10)
-    fascia = skin - P['subcut'] - 4*read(sub.warp, P['shift'][:3])
-    vastus = meet(meet(fascia - 1, z - 34 - .3*m[0] + .5*np.maximum(-x, 0) + 5*read(sub.fold, P['shift'][3:]), 7), y + 16, 5)
+    fascia = skin - P['subcut'] - 4 * read(sub.warp, P['shift'][:3])
+    vastus = meet(
+        meet(fascia - 1, z - 34 - 0.3 * m[0] + 0.5 * np.maximum(-x, 0) + 5 * read(sub.fold, P['shift'][3:]), 7),
+        y + 16,
+        5,
+    )
     vastus = meet(vastus, -ellipsoid(p, (0, 48, 30), (22, 14, 34)), 5)
-    ham = np.maximum(ellipsoid(p, (30, -30, 75), (15, 18, 82)), np.maximum(ellipsoid(p, (-26, -38, 66), (13, 13, 84)), ellipsoid(p, (-36, -20, 60), (10, 14, 90))))
+    ham = np.maximum(
+        ellipsoid(p, (30, -30, 75), (15, 18, 82)),
+        np.maximum(ellipsoid(p, (-26, -38, 66), (13, 13, 84)), ellipsoid(p, (-36, -20, 60), (10, 14, 90))),
+    )
     calf = np.maximum(ellipsoid(p, (21, -38, -38), (19, 15, 64)), ellipsoid(p, (-22, -38, -42), (20, 16, 70)))
     inner = np.maximum(ellipsoid(p, (-2, -25, -60), (36, 12, 48)), ellipsoid(p, (30, 6, -78), (18, 18, 50)))
-    vessel = np.maximum(rods(p, [(2, -36, -200), (3, -32, 200)], [3.2, 3.2]), rods(p, [(-5, -41, -200), (-4, -37, 200)], [3.8, 3.8]))
-    vessel = np.maximum(vessel, rods(p, [(3, -33, 22), (-24, -26, 26), (-42, 4, 34)], [1.3, 1.2, 1.]))
-    pouch = ellipsoid(p, (0, 32, 56), (24, 2.2, 20)) + 2.5*P['fluid'] - 1
+    vessel = np.maximum(
+        rods(p, [(2, -36, -200), (3, -32, 200)], [3.2, 3.2]), rods(p, [(-5, -41, -200), (-4, -37, 200)], [3.8, 3.8])
+    )
+    vessel = np.maximum(vessel, rods(p, [(3, -33, 22), (-24, -26, 26), (-42, 4, 34)], [1.3, 1.2, 1.0]))
+    pouch = ellipsoid(p, (0, 32, 56), (24, 2.2, 20)) + 2.5 * P['fluid'] - 1
     capsule = np.maximum(ellipsoid(p, (0, 0, 4), (43, 35, 26)), ellipsoid(p, (0, 34, 30), (22, 8, 22)))
     spot = np.full_like(x, -50)
-    for c, s in P['spots']: spot = np.maximum(spot, ellipsoid(p, c, s))
-    return dict(skin=skin, fascia=fascia, vastus=vastus, ham=ham, calf=calf, inner=inner, vessel=vessel, pouch=pouch, capsule=capsule, spot=spot,
-                nerve=rods(p, [(9, -45, -200), (10, -42, 200)], [3., 3.]))
+    for c, s in P['spots']:
+        spot = np.maximum(spot, ellipsoid(p, c, s))
+    return dict(
+        skin=skin,
+        fascia=fascia,
+        vastus=vastus,
+        ham=ham,
+        calf=calf,
+        inner=inner,
+        vessel=vessel,
+        pouch=pouch,
+        capsule=capsule,
+        spot=spot,
+        nerve=rods(p, [(9, -45, -200), (10, -42, 200)], [3.0, 3.0]),
+    )
+
 
 def knee_fields(sub, p, read):
     "All smooth fields of a knee on a coarse plane, mm"
-    x, y, z = p; m = np.stack([np.abs(x), y, z]); bones = knee_bones(p, m)
+    x, y, z = p
+    m = np.stack([np.abs(x), y, z])
+    bones = knee_bones(p, m)
     return {**bones, **knee_bands(x, y, z, p), **knee_flesh(sub, x, y, z, m, p, read, bones['patella']), 'y': y, 'z': z}
 
 # %% ../../nbs/12_phantom.knee.ipynb #56c5c341
 def paint_bones(sub, w, f, m, m2, low, trab):
     "Bones; trab: absolute value of fine noise, small on the trabeculae"
     for b, scar in dict(femur=30, tibia=-20, fibula=-30, patella=90).items():
-        inner = f[b] - (.8 + .25*m + (2.6*np.clip((np.abs(f['z'] - 4) - 34)/40, 0, 1) if scar < 80 else .4))
-        w.add('bone', np.minimum(inner, .25 - np.abs(f['z'] - scar - 3*low)), 1.2)
-        w.add('edema', np.minimum(inner, f['spot'] + 1.5*m), 4.)
-        w.add('bone', np.minimum(inner, .12*m2 - .22 - .65*trab), 1.8)
-        w.add('red', np.minimum(inner, np.abs(f['z'] - scar) - 16 + 8*(m2 + low + sub.p['red'])), 6.)
-        w.add('marrow', inner, .9); w.add('bone', f[b])
+        inner = f[b] - (0.8 + 0.25 * m + (2.6 * np.clip((np.abs(f['z'] - 4) - 34) / 40, 0, 1) if scar < 80 else 0.4))
+        w.add('bone', np.minimum(inner, 0.25 - np.abs(f['z'] - scar - 3 * low)), 1.2)
+        w.add('edema', np.minimum(inner, f['spot'] + 1.5 * m), 4.0)
+        w.add('bone', np.minimum(inner, 0.12 * m2 - 0.22 - 0.65 * trab), 1.8)
+        w.add('red', np.minimum(inner, np.abs(f['z'] - scar) - 16 + 8 * (m2 + low + sub.p['red'])), 6.0)
+        w.add('marrow', inner, 0.9)
+        w.add('bone', f[b])
+
 
 def paint_muscles(w, f, m, m2, low, fibre):
     "Muscles; fibre: fine noise stretched along the leg"
     for k in ('vastus', 'ham', 'calf', 'inner'):
-        w.add('tendon', np.minimum(f[k] + .8*m, .12 - np.abs(low + .6*m2)*4), 1.)
-        w.add('fat', np.minimum(f[k] + .8*m, np.maximum(.2 - np.abs(low + .3*m)*6, (fibre + .3*m - 1.35)*.7)), 1.)
-        w.add('muscle', f[k] + .8*m, .8)
+        w.add('tendon', np.minimum(f[k] + 0.8 * m, 0.12 - np.abs(low + 0.6 * m2) * 4), 1.0)
+        w.add(
+            'fat',
+            np.minimum(f[k] + 0.8 * m, np.maximum(0.2 - np.abs(low + 0.3 * m) * 6, (fibre + 0.3 * m - 1.35) * 0.7)),
+            1.0,
+        )
+        w.add('muscle', f[k] + 0.8 * m, 0.8)
 
 # %% ../../nbs/12_phantom.knee.ipynb #d3371032
 def paint_joint(sub, w, f, m, m2, low, fibre):
     "Ligaments, cartilage, menisci, fluid"
     P, least, most = sub.p, np.minimum, np.maximum
     for k, tissue in dict(acl='ligament', pcl='ligament', front='tendon', sides='tendon').items():
-        w.add('fat', least(f[k], np.abs(fibre) - 2.3), .8); w.add(tissue, f[k] + .3*m, .9)
-    t = P['cart'] + .3*m + .3*low
-    cart = least(f['femur'] + t, least(26 - f['z'] + 16*np.clip(f['y'] - 11, 0, 1), -f['notch'] - 1))
-    cart = most(most(cart, least(f['tibia'] + t, f['z'] + 9)), least(f['patella'] + t + .6, 44 - f['y']))
-    w.add('cartilage', cart, .7)
-    w.add('fluid', least(f['meniscus'], .3 - np.abs(m2 + .5) - .25*(2 - f['meniscus'])), .8)     # a tear
-    w.add('meniscus', f['meniscus'] + .2*m, .8)
-    w.add('fluid', least(f['capsule'], most(cart, f['meniscus']) + .3 + 1.1*P['fluid'] + .5*m2), .8)
-    w.add('fluid', f['pouch'] + .6*m)
-    w.add('synovium', least(f['capsule'], (low + m - 1.2)*3), 1.5)
+        w.add('fat', least(f[k], np.abs(fibre) - 2.3), 0.8)
+        w.add(tissue, f[k] + 0.3 * m, 0.9)
+    t = P['cart'] + 0.3 * m + 0.3 * low
+    cart = least(f['femur'] + t, least(26 - f['z'] + 16 * np.clip(f['y'] - 11, 0, 1), -f['notch'] - 1))
+    cart = most(most(cart, least(f['tibia'] + t, f['z'] + 9)), least(f['patella'] + t + 0.6, 44 - f['y']))
+    w.add('cartilage', cart, 0.7)
+    w.add('fluid', least(f['meniscus'], 0.3 - np.abs(m2 + 0.5) - 0.25 * (2 - f['meniscus'])), 0.8)  # a tear
+    w.add('meniscus', f['meniscus'] + 0.2 * m, 0.8)
+    w.add('fluid', least(f['capsule'], most(cart, f['meniscus']) + 0.3 + 1.1 * P['fluid'] + 0.5 * m2), 0.8)
+    w.add('fluid', f['pouch'] + 0.6 * m)
+    w.add('synovium', least(f['capsule'], (low + m - 1.2) * 3), 1.5)
 
 # %% ../../nbs/12_phantom.knee.ipynb #c1148096
 def knee_paint(sub, f, read, soft):
     "Tissue fractions of a knee: dict tissue -> float32 [n]"
     m, m2, low = read(sub.mid), read(sub.mid, (40, 20, 60)), read(sub.fold)
-    fibre, trab = read(sub.tiny, stretch=(1.1, 1.1, 10)), np.abs(read(sub.tiny, stretch=(.6, .6, .95)))
-    lobe = read(sub.mid, (9, 3, 5), (.8, .8, 1.6))
+    fibre, trab = read(sub.tiny, stretch=(1.1, 1.1, 10)), np.abs(read(sub.tiny, stretch=(0.6, 0.6, 0.95)))
+    lobe = read(sub.mid, (9, 3, 5), (0.8, 0.8, 1.6))
     w = Painter(f['skin'], soft)
-    w.add('skin', 1.8 + .3*m - f['skin'])
-    w.add('vessel', f['vessel']); w.add('nerve', f['nerve'])
+    w.add('skin', 1.8 + 0.3 * m - f['skin'])
+    w.add('vessel', f['vessel'])
+    w.add('nerve', f['nerve'])
     paint_bones(sub, w, f, m, m2, low, trab)
     paint_joint(sub, w, f, m, m2, low, fibre)
     paint_muscles(w, f, m, m2, low, fibre)
-    w.add('tendon', .4 - np.abs(f['fascia'] + .3*m), .9)
-    w.add('vessel', (lobe + m2 - 3.)*2, .8)
-    w.add('septum', np.minimum(.2 - np.abs(lobe)*1.6, (m2 + .5)*2), .8)
+    w.add('tendon', 0.4 - np.abs(f['fascia'] + 0.3 * m), 0.9)
+    w.add('vessel', (lobe + m2 - 3.0) * 2, 0.8)
+    w.add('septum', np.minimum(0.2 - np.abs(lobe) * 1.6, (m2 + 0.5) * 2), 0.8)
     w.rest('fat')
     return w.w

@@ -15,10 +15,13 @@ from .tissue import Subject
 # %% ../../nbs/13_phantom.people.ipynb #6eb91a45
 _ORGANS = dict(brain=(1, brain_person, brain_fields, brain_paint), knee=(2, knee_person, knee_fields, knee_paint))
 
-def subject(organ, # 'brain' or 'knee'
-            seed,  # int or sequence of ints, not negative: all that is random about this person
-           ) -> Subject:
+
+def subject(
+    organ,  # 'brain' or 'knee'
+    seed,  # int or sequence of ints, not negative: all that is random about this person
+) -> Subject:
     "A person whose brain or knee can be cut. The same seed gives the same person. Raises ValueError for another organ."
-    if organ not in _ORGANS: raise ValueError(f"organ must be 'brain' or 'knee', not {organ!r}")
+    if organ not in _ORGANS:
+        raise ValueError(f"organ must be 'brain' or 'knee', not {organ!r}")
     tag, *parts = _ORGANS[organ]
     return Subject(organ, [tag, *np.atleast_1d(np.asarray(seed, np.int64)).tolist()], *parts)

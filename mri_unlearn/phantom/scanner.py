@@ -17,217 +17,291 @@ from .contrast import CONTRASTS, Contrast, SITES, Site, tissue_signals
 from .tissue import PLANES, Subject, interpolator
 
 # %% ../../nbs/16_phantom.scanner.ipynb #3475d7ed
-def slice_signal(sub: Subject,
-                 signals: dict,  # from `tissue_signals`
-                 rows,           # mm, coordinates of the fine grid along the readout
-                 cols,           # mm, along the phase encoding
-                 at,             # mm, middle of the slice
-                 thickness,      # mm
-                 plane,          # key of `PLANES`
-                 cuts=3,         # planes to average
-                 ):              # water, fat: float32 [len(rows), len(cols)]
+def slice_signal(
+    sub: Subject,
+    signals: dict,  # from `tissue_signals`
+    rows,  # mm, coordinates of the fine grid along the readout
+    cols,  # mm, along the phase encoding
+    at,  # mm, middle of the slice
+    thickness,  # mm
+    plane,  # key of `PLANES`
+    cuts=3,  # planes to average
+):  # water, fat: float32 [len(rows), len(cols)]
     "Signal of a slice before phase, coils and noise."
     water = fat = 0
-    for d in (np.arange(cuts) + .5)/cuts - .5:
-        cut = sub.cut(rows, cols, at + d*thickness, plane)
-        w = f = np.float32(0); a, b, c = cut.texture
+    for d in (np.arange(cuts) + 0.5) / cuts - 0.5:
+        cut = sub.cut(rows, cols, at + d * thickness, plane)
+        w = f = np.float32(0)
+        a, b, c = cut.texture
         for k, v in cut.fractions.items():
             s, g, slope, size = signals[k]
-            if s > 0: w = w + v*(s*np.maximum(1 + slope[0]*a + slope[1]*b + slope[2]*c, np.float32(.05)))
-            if g > 0: f = f + v*(g*np.maximum(1 + size*a, np.float32(.05)))
+            if s > 0:
+                w = w + v * (s * np.maximum(1 + slope[0] * a + slope[1] * b + slope[2] * c, np.float32(0.05)))
+            if g > 0:
+                f = f + v * (g * np.maximum(1 + size * a, np.float32(0.05)))
         water, fat = water + cut.image(w), fat + cut.image(f)
-    return water/np.float32(cuts), fat/np.float32(cuts)
+    return water / np.float32(cuts), fat / np.float32(cuts)
+
 
 def chemical_shift_mm(field_T, fov, bandwidth=75e3):
     "How far fat is misplaced along the readout: 3.5 ppm of the proton frequency over the bandwidth (Hz) of the field of view"
-    return 3.5e-6*42.577e6*field_T/bandwidth*fov
+    return 3.5e-6 * 42.577e6 * field_T / bandwidth * fov
 
 # %% ../../nbs/16_phantom.scanner.ipynb #68cc28c7
-def to_kspace(x,     # complex64 [coils, n, m], what the coils hear, on a fine grid; n along the readout
-              H,     # samples along the readout
-              W,     # phase-encoding lines
-              oversample=2, # field of view of the readout / extent of the fine grid
-             ):      # complex64 [coils, H, W]
+def to_kspace(
+    x,  # complex64 [coils, n, m], what the coils hear, on a fine grid; n along the readout
+    H,  # samples along the readout
+    W,  # phase-encoding lines
+    oversample=2,  # field of view of the readout / extent of the fine grid
+):  # complex64 [coils, H, W]
     "Centred Fourier transform of fine images, truncated; scaled so that the orthonormal inverse gives the signal itself."
     c, n, m = x.shape
-    if n*oversample < H or m < W: raise ValueError(f'the fine grid {n*oversample}x{m} must not be coarser than k-space {H}x{W}')
-    k = sfft.fftshift(sfft.fft(sfft.ifftshift(x, -1), axis=-1), -1)[..., m//2 - W//2:m//2 - W//2 + W]
-    N = n*oversample; a = N//2 - n//2
-    pad = np.zeros((c, N, W), 'complex64'); pad[:, a:a+n] = k
-    k = sfft.fftshift(sfft.fft(sfft.ifftshift(pad, -2), axis=-2), -2)[:, N//2 - H//2:N//2 - H//2 + H]
-    return (k*np.float32((H*W)**.5/(N*m))).astype('complex64')
+    if n * oversample < H or m < W:
+        raise ValueError(f'the fine grid {n * oversample}x{m} must not be coarser than k-space {H}x{W}')
+    k = sfft.fftshift(sfft.fft(sfft.ifftshift(x, -1), axis=-1), -1)[..., m // 2 - W // 2 : m // 2 - W // 2 + W]
+    N = n * oversample
+    a = N // 2 - n // 2
+    pad = np.zeros((c, N, W), 'complex64')
+    pad[:, a : a + n] = k
+    k = sfft.fftshift(sfft.fft(sfft.ifftshift(pad, -2), axis=-2), -2)[:, N // 2 - H // 2 : N // 2 - H // 2 + H]
+    return (k * np.float32((H * W) ** 0.5 / (N * m))).astype('complex64')
 
 # %% ../../nbs/16_phantom.scanner.ipynb #f88597e6
-def noise_mixing(n, rng, coupling=.25):
+def noise_mixing(n, rng, coupling=0.25):
     "Complex [n, n] matrix A: coil noise A @ white has covariance A A^H; each coil shares part of its neighbours' noise"
-    A = np.eye(n) + .08*(rng.normal(size=(n, n)) + 1j*rng.normal(size=(n, n)))
-    for i in range(n): A[i, (i + 1) % n] += coupling
-    return A/np.sqrt((np.abs(A)**2).sum(1, keepdims=True))
+    A = np.eye(n) + 0.08 * (rng.normal(size=(n, n)) + 1j * rng.normal(size=(n, n)))
+    for i in range(n):
+        A[i, (i + 1) % n] += coupling
+    return A / np.sqrt((np.abs(A) ** 2).sum(1, keepdims=True))
 
-def coil_noise(A,     # complex [n, n]
-               shape, # (n, H, W)
-               sigma, # standard deviation of the complex noise in each coil
-               rng,   # numpy Generator
-              ):
+
+def coil_noise(
+    A,  # complex [n, n]
+    shape,  # (n, H, W)
+    sigma,  # standard deviation of the complex noise in each coil
+    rng,  # numpy Generator
+):
     "Complex64 noise with covariance sigma^2 A A^H"
     white = rng.standard_normal((*shape, 2), dtype='float32').view('complex64')[..., 0]
     out = np.zeros(shape, 'complex64')
-    for i in range(len(A)):          # a loop and not a matrix product: the order of the sums is then the same on every machine
-        for j in range(len(A)): out[i] += np.complex64(A[i, j]*sigma/2**.5)*white[j]
+    for i in range(len(A)):  # a loop and not a matrix product: the order of the sums is then the same on every machine
+        for j in range(len(A)):
+            out[i] += np.complex64(A[i, j] * sigma / 2**0.5) * white[j]
     return out
 
 # %% ../../nbs/16_phantom.scanner.ipynb #643aa0b3
-def encoding_limits(W,        # phase-encoding lines of the k-space array
-                    measured, # how many of them were measured, around the middle
-                   ):         # center, maximum, left, right
+def encoding_limits(
+    W,  # phase-encoding lines of the k-space array
+    measured,  # how many of them were measured, around the middle
+):  # center, maximum, left, right
     "Header numbers of a k-space that is zero outside [left, right)."
-    if not 0 < measured <= W: raise ValueError(f'measured lines must lie in 1..{W}, not {measured}')
-    center = measured//2; left = W//2 - center
+    if not 0 < measured <= W:
+        raise ValueError(f'measured lines must lie in 1..{W}, not {measured}')
+    center = measured // 2
+    left = W // 2 - center
     return center, measured - 1, left, left + measured
 
 # %% ../../nbs/16_phantom.scanner.ipynb #de46bd10
 @dataclass
 class Acquisition:
     "One simulated volume, as the scanner hands it over."
-    kspace: np.ndarray   # complex64 [slices, coils, H, W], H readout (oversampled), W phase encoding
-    recon: tuple         # rows, columns of the image
-    fov_mm: tuple        # (encoded x, y, z), (reconstructed x, y, z)
+
+    kspace: np.ndarray  # complex64 [slices, coils, H, W], H readout (oversampled), W phase encoding
+    recon: tuple  # rows, columns of the image
+    fov_mm: tuple  # (encoded x, y, z), (reconstructed x, y, z)
     tr_ms: float
     te_ms: float
     ti_ms: float
     flip_deg: float
-    sequence_type: str   # as fastMRI's headers name it: 'TurboSpinEcho' or 'Flash'
+    sequence_type: str  # as fastMRI's headers name it: 'TurboSpinEcho' or 'Flash'
     field_T: float
-    enc_center: int      # padding_left = W//2 - enc_center
-    enc_maximum: int     # padding_right = padding_left + enc_maximum + 1
+    enc_center: int  # padding_left = W//2 - enc_center
+    enc_maximum: int  # padding_right = padding_left + enc_maximum + 1
     site: Site
-    acquisition: str     # key of `CONTRASTS`
-    extras: dict = field(default_factory=dict)  # with extras=True: 'object' [slices,H,W], 'maps' [slices,coils,H,W], noiseless, complex64
+    acquisition: str  # key of `CONTRASTS`
+    extras: dict = field(
+        default_factory=dict
+    )  # with extras=True: 'object' [slices,H,W], 'maps' [slices,coils,H,W], noiseless, complex64
 
 # %% ../../nbs/16_phantom.scanner.ipynb #3ac47083
-def draw_protocol(c: Contrast,
-                  site: Site,
-                  coils,  # receive channels
-                  W,      # phase-encoding lines
-                  rng,    # numpy Generator
-                 ) -> dict:
+def draw_protocol(
+    c: Contrast,
+    site: Site,
+    coils,  # receive channels
+    W,  # phase-encoding lines
+    rng,  # numpy Generator
+) -> dict:
     "The random numbers of one volume."
     tr, te, ti = (rng.uniform(*r) for r in (c.tr, c.te, c.ti))
-    measured = W if rng.uniform() < .5 else 2*round(W*rng.uniform(.82, .95)/2)
-    return dict(seq=dict(kind=c.kind, tr=tr, te=te, ti=ti, flip=c.flip), measured=measured, coef=rng.standard_normal(12),
-                loops=coil_loops(c.organ, coils, rng), receiver=np.exp(2j*np.pi*rng.uniform(size=coils)).astype('complex64'),
-                mixing=noise_mixing(coils, rng), snr=c.snr/site.noise*10**rng.uniform(-.12, .12), offset=rng.uniform(-2, 2),
-                peak=rng.uniform(3e-4, 8e-4), decay=rng.uniform(.1, .45) if c.kind != 'gre' else 0.)
+    measured = W if rng.uniform() < 0.5 else 2 * round(W * rng.uniform(0.82, 0.95) / 2)
+    return dict(
+        seq=dict(kind=c.kind, tr=tr, te=te, ti=ti, flip=c.flip),
+        measured=measured,
+        coef=rng.standard_normal(12),
+        loops=coil_loops(c.organ, coils, rng),
+        receiver=np.exp(2j * np.pi * rng.uniform(size=coils)).astype('complex64'),
+        mixing=noise_mixing(coils, rng),
+        snr=c.snr / site.noise * 10 ** rng.uniform(-0.12, 0.12),
+        offset=rng.uniform(-2, 2),
+        peak=rng.uniform(3e-4, 8e-4),
+        decay=rng.uniform(0.1, 0.45) if c.kind != 'gre' else 0.0,
+    )
 
-def fine_grid(c: Contrast,
-              h, w, # rows, columns of the image
-              W,    # phase-encoding lines
-             ):     # rows [n], cols [m] in mm
+
+def fine_grid(
+    c: Contrast,
+    h,
+    w,  # rows, columns of the image
+    W,  # phase-encoding lines
+):  # rows [n], cols [m] in mm
     "A grid at least twice as fine as the image, with at least 256 points across it."
-    n = 2*sfft.next_fast_len(-(-max(256, 2*h)//2)); m = 2*sfft.next_fast_len(-(-max(256*W//w, 2*W)//2))
-    return (np.arange(n) - n//2)*c.fov/n, (np.arange(m) - m//2)*(c.fov/h*W)/m
+    n = 2 * sfft.next_fast_len(-(-max(256, 2 * h) // 2))
+    m = 2 * sfft.next_fast_len(-(-max(256 * W // w, 2 * W) // 2))
+    return (np.arange(n) - n // 2) * c.fov / n, (np.arange(m) - m // 2) * (c.fov / h * W) / m
 
 # %% ../../nbs/16_phantom.scanner.ipynb #05e46bea
-def coarse_grid(rows, cols, # mm, the fine grid, centred on 0
-                at,         # mm, middle of the slice
-                plane,      # key of `PLANES`
-                n=30,       # points a side
-               ):           # positions float [3, n, n] in mm, mm along rows [n,1] and columns [1,n], a function that interpolates [n, n] to the fine grid
+def coarse_grid(
+    rows,
+    cols,  # mm, the fine grid, centred on 0
+    at,  # mm, middle of the slice
+    plane,  # key of `PLANES`
+    n=30,  # points a side
+):  # positions float [3, n, n] in mm, mm along rows [n,1] and columns [1,n], a function that interpolates [n, n] to the fine grid
     "Few points that cover a slice, for fields that vary slowly; rows run downwards, a sagittal face looks left."
-    ir, ic, ia = PLANES[plane]; sign = -1 if plane == 'sagittal' else 1
-    y, x = [np.linspace(1.12*v[0], -1.12*v[0], n) for v in (rows, cols)]
-    p = [None]*3; p[ir], p[ic], p[ia] = -y[:, None], sign*x[None], np.full((1, 1), at)
-    R, C = [interpolator((v - q[0])/(q[1] - q[0]), n) for v, q in ((rows, y), (cols, x))]
+    ir, ic, ia = PLANES[plane]
+    sign = -1 if plane == 'sagittal' else 1
+    y, x = [np.linspace(1.12 * v[0], -1.12 * v[0], n) for v in (rows, cols)]
+    p = [None] * 3
+    p[ir], p[ic], p[ia] = -y[:, None], sign * x[None], np.full((1, 1), at)
+    R, C = [interpolator((v - q[0]) / (q[1] - q[0]), n) for v, q in ((rows, y), (cols, x))]
     return np.stack(np.broadcast_arrays(*p)), y[:, None], x[None], lambda a: (C @ (R @ a).T).T
 
 # %% ../../nbs/16_phantom.scanner.ipynb #bdf4fea7
-def coil_images(sub: Subject,
-                c: Contrast,
-                site: Site,
-                d: dict,       # from `draw_protocol`
-                rows,          # mm, fine grid along the readout, from `fine_grid`
-                cols,          # mm, along the phase encoding
-                at,            # mm, middle of the slice
-                cuts,          # planes averaged through the slice
-                plane,         # key of `PLANES`
-                signals: dict, # from `tissue_signals`
-               ):              # complex64 [coils, n, m]
+def coil_images(
+    sub: Subject,
+    c: Contrast,
+    site: Site,
+    d: dict,  # from `draw_protocol`
+    rows,  # mm, fine grid along the readout, from `fine_grid`
+    cols,  # mm, along the phase encoding
+    at,  # mm, middle of the slice
+    cuts,  # planes averaged through the slice
+    plane,  # key of `PLANES`
+    signals: dict,  # from `tissue_signals`
+):  # complex64 [coils, n, m]
     "What the coils hear of one slice, before k-space."
     p, y, x, up = coarse_grid(rows, cols, at, plane)
-    phase, dome, fatgain = smooth_maps(sub, p, y/110, x/110, d['coef'], c, site.field_T)
-    maps = coil_maps(d['loops'], p)*d['receiver'][:, None, None]
+    phase, dome, fatgain = smooth_maps(sub, p, y / 110, x / 110, d['coef'], c, site.field_T)
+    maps = coil_maps(d['loops'], p) * d['receiver'][:, None, None]
     water, fat = slice_signal(sub, signals, -rows, -cols if plane == 'sagittal' else cols, at, c.thickness, plane, cuts)
-    step = chemical_shift_mm(site.field_T, c.fov)/(rows[1] - rows[0])
+    step = chemical_shift_mm(site.field_T, c.fov) / (rows[1] - rows[0])
     fat = interpolator(np.arange(len(rows)) - step, len(rows)) @ fat
-    obj = up(dome)*(water + up(fatgain)*fat)*np.exp(1j*up(phase))
-    return np.stack([up(m) for m in maps]).astype('complex64')*obj.astype('complex64')
+    obj = up(dome) * (water + up(fatgain) * fat) * np.exp(1j * up(phase))
+    return np.stack([up(m) for m in maps]).astype('complex64') * obj.astype('complex64')
 
 # %% ../../nbs/16_phantom.scanner.ipynb #de28aed2
 def _protocol(sub, acquisition, site):
     "Contrast and site, checked"
-    if acquisition not in CONTRASTS: raise ValueError(f'unknown acquisition {acquisition!r}; known: {", ".join(CONTRASTS)}')
-    if isinstance(site, str) and site not in SITES: raise ValueError(f'unknown site {site!r}; known: {", ".join(SITES)}')
+    if acquisition not in CONTRASTS:
+        raise ValueError(f'unknown acquisition {acquisition!r}; known: {", ".join(CONTRASTS)}')
+    if isinstance(site, str) and site not in SITES:
+        raise ValueError(f'unknown site {site!r}; known: {", ".join(SITES)}')
     c = CONTRASTS[acquisition]
-    if c.organ != sub.organ: raise ValueError(f'{acquisition} scans a {c.organ}, this subject is a {sub.organ}')
+    if c.organ != sub.organ:
+        raise ValueError(f'{acquisition} scans a {c.organ}, this subject is a {sub.organ}')
     return c, SITES[site] if isinstance(site, str) else site
+
 
 def _images(k, axes=(-2, -1)):
     return sfft.fftshift(sfft.ifft2(sfft.ifftshift(k, axes), norm='ortho'), axes)
 
-def signal_scale(clean, # complex [slices, coils, H, W], noiseless k-space
-                 peak,  # of the image; fastMRI's are some 3e-4 to 8e-4
-                 snr,   # mean signal of the body / standard deviation of the noise of a coil
-                ):      # gain, sigma
+
+def signal_scale(
+    clean,  # complex [slices, coils, H, W], noiseless k-space
+    peak,  # of the image; fastMRI's are some 3e-4 to 8e-4
+    snr,  # mean signal of the body / standard deviation of the noise of a coil
+):  # gain, sigma
     "Factor that brings noiseless k-space to fastMRI's size of numbers, and the standard deviation of the noise that goes with it."
-    x = np.stack([np.sqrt((np.abs(_images(k))**2).sum(0)) for k in clean])     # slice by slice: a large volume must not be held twice
-    top = np.percentile(x, 99.7); gain = np.float32(peak/top)
-    return gain, float(x[x > .15*top].mean()*gain/snr)
+    x = np.stack(
+        [np.sqrt((np.abs(_images(k)) ** 2).sum(0)) for k in clean]
+    )  # slice by slice: a large volume must not be held twice
+    top = np.percentile(x, 99.7)
+    gain = np.float32(peak / top)
+    return gain, float(x[x > 0.15 * top].mean() * gain / snr)
+
 
 def _extras(clean, d, c, plane, where, H, W, h, oversample):
     "Coil maps on the full k-space grid, and the complex object that agrees best with the noiseless coil images"
-    ir, ic, ia = PLANES[plane]; maps = []
-    y, x = -(np.arange(H) - H//2)*c.fov*oversample/H, (np.arange(W) - W//2)*c.fov/h
+    ir, ic, ia = PLANES[plane]
+    maps = []
+    y, x = -(np.arange(H) - H // 2) * c.fov * oversample / H, (np.arange(W) - W // 2) * c.fov / h
     for at in where:
-        p = [None]*3; p[ir], p[ic], p[ia] = y[:, None], (-x if plane == 'sagittal' else x)[None], np.full((1, 1), at)
-        maps.append(coil_maps(d['loops'], np.stack(np.broadcast_arrays(*p)))*d['receiver'][:, None, None])
-    maps = np.stack(maps); maps /= np.abs(maps[..., H//2 - h//2:H//2 + h//2, :]).max()
-    x = _images(clean); power = (np.abs(maps)**2).sum(1)
-    return dict(object=((maps.conj()*x).sum(1)/power).astype('complex64'), maps=maps)
+        p = [None] * 3
+        p[ir], p[ic], p[ia] = y[:, None], (-x if plane == 'sagittal' else x)[None], np.full((1, 1), at)
+        maps.append(coil_maps(d['loops'], np.stack(np.broadcast_arrays(*p))) * d['receiver'][:, None, None])
+    maps = np.stack(maps)
+    maps /= np.abs(maps[..., H // 2 - h // 2 : H // 2 + h // 2, :]).max()
+    x = _images(clean)
+    power = (np.abs(maps) ** 2).sum(1)
+    return dict(object=((maps.conj() * x).sum(1) / power).astype('complex64'), maps=maps)
 
 # %% ../../nbs/16_phantom.scanner.ipynb #5d7efefa
-def acquire(subject: Subject,    # from `anatomy.subject`
-            acquisition,         # key of `CONTRASTS`
-            site,                # key of `SITES`, or a `Site`
-            *,
-            recon=(96, 96),      # rows, columns of the image
-            phase_lines=None,    # W; default: the contrast's lines per column
-            slices=8,
-            seed=0,              # int or sequence of ints: all that is random about this scan
-            coils=None,          # default: the site's
-            oversample=2,        # of the readout
-            extras=False,        # also return the noiseless object and the coil maps
-            plane=None,          # default: the contrast's
-           ) -> Acquisition:
+def acquire(
+    subject: Subject,  # from `anatomy.subject`
+    acquisition,  # key of `CONTRASTS`
+    site,  # key of `SITES`, or a `Site`
+    *,
+    recon=(96, 96),  # rows, columns of the image
+    phase_lines=None,  # W; default: the contrast's lines per column
+    slices=8,
+    seed=0,  # int or sequence of ints: all that is random about this scan
+    coils=None,  # default: the site's
+    oversample=2,  # of the readout
+    extras=False,  # also return the noiseless object and the coil maps
+    plane=None,  # default: the contrast's
+) -> Acquisition:
     "Scan a person. The same arguments give the same bytes. Raises ValueError for an unknown contrast or site, or the wrong organ."
     c, site = _protocol(subject, acquisition, site)
-    h, w = recon; H, W = h*oversample, phase_lines or 2*round(w*c.lines/2)
+    h, w = recon
+    H, W = h * oversample, phase_lines or 2 * round(w * c.lines / 2)
     coils, plane = coils or site.coils, plane or c.plane
     entropy = [*acquisition.encode(), *np.atleast_1d(np.asarray(seed, np.int64)).tolist()]
     rng, noise_rng = [np.random.default_rng(s) for s in np.random.SeedSequence(entropy).spawn(2)]
     d = draw_protocol(c, site, coils, W, rng)
     rows, cols = fine_grid(c, h, w, W)
     signals = tissue_signals(site.field_T, **d['seq'])
-    where = c.centre*(plane == c.plane) + d['offset'] + (np.arange(slices) - (slices - 1)/2)*(c.thickness + c.gap)
+    where = c.centre * (plane == c.plane) + d['offset'] + (np.arange(slices) - (slices - 1) / 2) * (c.thickness + c.gap)
     k = np.empty((slices, coils, H, W), 'complex64')
     for i, at in enumerate(where):
-        k[i] = to_kspace(coil_images(subject, c, site, d, rows, cols, at, 2 if max(recon) < 160 else 3, plane, signals), H, W, oversample)
-    k *= np.exp(-d['decay']*np.abs(np.arange(W) - W//2)/(W/2)).astype('float32')
+        k[i] = to_kspace(
+            coil_images(subject, c, site, d, rows, cols, at, 2 if max(recon) < 160 else 3, plane, signals),
+            H,
+            W,
+            oversample,
+        )
+    k *= np.exp(-d['decay'] * np.abs(np.arange(W) - W // 2) / (W / 2)).astype('float32')
     gain, sigma = signal_scale(k, d['peak'], d['snr'])
     k *= gain
     more = _extras(k, d, c, plane, where, H, W, h, oversample) if extras else {}
-    for i in range(slices): k[i] += coil_noise(d['mixing'], k[i].shape, sigma, noise_rng)
+    for i in range(slices):
+        k[i] += coil_noise(d['mixing'], k[i].shape, sigma, noise_rng)
     center, maximum, left, right = encoding_limits(W, d['measured'])
-    k[..., :left] = 0; k[..., right:] = 0
-    fov = (c.fov*oversample, c.fov/h*W, c.thickness), (c.fov, c.fov/h*w, c.thickness)
-    return Acquisition(k, (h, w), fov, d['seq']['tr'], d['seq']['te'], d['seq']['ti'], c.flip, 'Flash' if c.kind == 'gre' else 'TurboSpinEcho',
-                       site.field_T, center, maximum, site, acquisition, more)
+    k[..., :left] = 0
+    k[..., right:] = 0
+    fov = (c.fov * oversample, c.fov / h * W, c.thickness), (c.fov, c.fov / h * w, c.thickness)
+    return Acquisition(
+        k,
+        (h, w),
+        fov,
+        d['seq']['tr'],
+        d['seq']['te'],
+        d['seq']['ti'],
+        c.flip,
+        'Flash' if c.kind == 'gre' else 'TurboSpinEcho',
+        site.field_T,
+        center,
+        maximum,
+        site,
+        acquisition,
+        more,
+    )

@@ -36,48 +36,54 @@ from .scanner import acquire
 # %% ../../nbs/21_phantom.simulate.ipynb #78c09367
 STUDIES = dict(
     brain=(('AXT2',), ('AXT1', 'AXT2'), ('AXFLAIR',), ('AXT2',), ('AXT1',), ('AXT1', 'AXT2', 'AXFLAIR')),
-    knee=(('CORPD_FBK',), ('CORPDFS_FBK',), ('CORPD_FBK', 'CORPDFS_FBK')))
+    knee=(('CORPD_FBK',), ('CORPDFS_FBK',), ('CORPD_FBK', 'CORPDFS_FBK')),
+)
 ORGANS, FOLDERS = tuple(STUDIES), ('multicoil_train', 'multicoil_val')
 # coils: None leaves each site its own number, as in reality; recon: rows and columns of the image
 PRESETS = dict(
     tiny=dict(patients=dict(brain=(3, 2), knee=(3, 2)), slices=3, recon=(64, 64), coils=None),
     small=dict(patients=dict(brain=(22, 8), knee=(26, 9)), slices=4, recon=(96, 96), coils=None),
-    medium=dict(patients=dict(brain=(28, 12), knee=(33, 12)), slices=16, recon=(320, 320), coils=None))
+    medium=dict(patients=dict(brain=(28, 12), knee=(33, 12)), slices=16, recon=(320, 320), coils=None),
+)
 
 # %% ../../nbs/21_phantom.simulate.ipynb #9cbddb51
 @dataclass(frozen=True)
 class Study:
     "One volume to be made."
-    organ: str        # 'brain' or 'knee'
-    folder: str       # 'multicoil_train' or 'multicoil_val'
-    number: int       # of the patient, counted within the organ
-    site: str         # key of `SITES`
+
+    organ: str  # 'brain' or 'knee'
+    folder: str  # 'multicoil_train' or 'multicoil_val'
+    number: int  # of the patient, counted within the organ
+    site: str  # key of `SITES`
     acquisition: str  # key of `CONTRASTS`
-    repeat: int       # which volume of this patient, from 0
+    repeat: int  # which volume of this patient, from 0
 
     @property
-    def patient_id(self): return f'{self.organ[0]}{self.number:04d}'
+    def patient_id(self):
+        return f'{self.organ[0]}{self.number:04d}'
 
     @property
     def fname(self):
         "fastMRI's name for such a file; the last digit counts the volumes of a patient."
-        serial = f'{self.number*10 + self.repeat:06d}'
-        if self.organ == 'knee': return f'file1{serial}.h5'
+        serial = f'{self.number * 10 + self.repeat:06d}'
+        if self.organ == 'knee':
+            return f'file1{serial}.h5'
         return f'file_brain_{self.acquisition}_{SITES[self.site].code}_2{serial}.h5'
 
 # %% ../../nbs/21_phantom.simulate.ipynb #14989224
 VAL_FROM = 5001
 
+
 def plan_studies(
-    patients: dict  # organ -> (training patients, validation patients)
-) -> list:          # of `Study`
+    patients: dict,  # organ -> (training patients, validation patients)
+) -> list:  # of `Study`
     "All volumes of a data set, each patient at one site and in one folder."
     out, sites = [], list(SITES)
     for organ, counts in patients.items():
         for folder, first, n in zip(FOLDERS, (1, VAL_FROM), counts):
             cycle = STUDIES[organ]
             for j in range(n):
-                site = sites[(j % len(cycle) + j//len(cycle)) % len(sites)]
+                site = sites[(j % len(cycle) + j // len(cycle)) % len(sites)]
                 out += [Study(organ, folder, first + j, site, a, k) for k, a in enumerate(cycle[j % len(cycle)])]
     return out
 
@@ -91,30 +97,64 @@ def _seeds(seed, study):
 def _header(acq, study):
     "ISMRMRD header of a simulated acquisition."
     slices, coils, H, W = acq.kspace.shape
-    fov = tuple(np.ravel(acq.fov_mm).astype(float).tolist())   # encoded x, y, z, then image x, y, z
-    return Header(encoded=(H, W, 1), recon=(*map(int, acq.recon), 1), encoded_fov_mm=fov[:3], recon_fov_mm=fov[3:],
-                  enc_center=int(acq.enc_center), enc_maximum=int(acq.enc_maximum), slice_maximum=slices - 1,
-                  slice_center=slices//2, field_T=float(acq.field_T), coils=coils, vendor=SITES[study.site].vendor,
-                  model=SITES[study.site].model, site=study.site, patient_id=study.patient_id, body_part=study.organ.upper(),
-                  patient_position='HFS' if study.organ == 'brain' else 'FFS', protocol=study.acquisition,
-                  sequence_type=acq.sequence_type, tr_ms=float(acq.tr_ms), te_ms=float(acq.te_ms), ti_ms=float(acq.ti_ms or 0),
-                  flip_deg=float(acq.flip_deg), simulated=True)
+    fov = tuple(np.ravel(acq.fov_mm).astype(float).tolist())  # encoded x, y, z, then image x, y, z
+    return Header(
+        encoded=(H, W, 1),
+        recon=(*map(int, acq.recon), 1),
+        encoded_fov_mm=fov[:3],
+        recon_fov_mm=fov[3:],
+        enc_center=int(acq.enc_center),
+        enc_maximum=int(acq.enc_maximum),
+        slice_maximum=slices - 1,
+        slice_center=slices // 2,
+        field_T=float(acq.field_T),
+        coils=coils,
+        vendor=SITES[study.site].vendor,
+        model=SITES[study.site].model,
+        site=study.site,
+        patient_id=study.patient_id,
+        body_part=study.organ.upper(),
+        patient_position='HFS' if study.organ == 'brain' else 'FFS',
+        protocol=study.acquisition,
+        sequence_type=acq.sequence_type,
+        tr_ms=float(acq.tr_ms),
+        te_ms=float(acq.te_ms),
+        ti_ms=float(acq.ti_ms or 0),
+        flip_deg=float(acq.flip_deg),
+        simulated=True,
+    )
 
 # %% ../../nbs/21_phantom.simulate.ipynb #678ec2c6
 def simulate_volume(
-    path,          # file to write
+    path,  # file to write
     study: Study,  # whose scan, where and how
-    body,          # the person, from `anatomy.subject`
-    seed: int,     # of this scan: timing, coils, noise
-    *, recon,      # (rows, cols) of the image
+    body,  # the person, from `anatomy.subject`
+    seed: int,  # of this scan: timing, coils, noise
+    *,
+    recon,  # (rows, cols) of the image
     slices: int,
-    coils=None,    # number of coils; None: as many as the site has
+    coils=None,  # number of coils; None: as many as the site has
     extras=False,  # also store the noise-free object and what else `acquire` knows
 ) -> Path:
     "Scan `body` and write the file."
-    acq = acquire(body, study.acquisition, SITES[study.site], recon=tuple(recon), slices=slices, seed=seed, coils=coils, extras=extras)
-    return write_volume(path, acq.kspace, header=_header(acq, study), acquisition=study.acquisition,
-                        patient_id=study.patient_id, extras=acq.extras if extras else None)
+    acq = acquire(
+        body,
+        study.acquisition,
+        SITES[study.site],
+        recon=tuple(recon),
+        slices=slices,
+        seed=seed,
+        coils=coils,
+        extras=extras,
+    )
+    return write_volume(
+        path,
+        acq.kspace,
+        header=_header(acq, study),
+        acquisition=study.acquisition,
+        patient_id=study.patient_id,
+        extras=acq.extras if extras else None,
+    )
 
 # %% ../../nbs/21_phantom.simulate.ipynb #dfdcd131
 def _simulate_patient(root, studies, settings):
@@ -124,93 +164,127 @@ def _simulate_patient(root, studies, settings):
     try:
         body = None
         for s in studies:
-            path = Path(root)/s.folder/s.fname
-            if path.exists(): continue
+            path = Path(root) / s.folder / s.fname
+            if path.exists():
+                continue
             person, scan = _seeds(settings['seed'], s)
-            if body is None: body = subject(s.organ, person)
+            if body is None:
+                body = subject(s.organ, person)
             simulate_volume(path, s, body, scan, **{k: settings[k] for k in ('recon', 'slices', 'coils', 'extras')})
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
     return len(studies)
 
 # %% ../../nbs/21_phantom.simulate.ipynb #61bef849
 def _run(tasks, workers, bar):
     "Call `_simulate_patient` for each of `tasks`, in this process or in `workers` others."
     if workers <= 1:
-        for t in tasks: bar.update(_simulate_patient(*t))
+        for t in tasks:
+            bar.update(_simulate_patient(*t))
         return
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            for done in as_completed([pool.submit(_simulate_patient, *t) for t in tasks]): bar.update(done.result())
+            for done in as_completed([pool.submit(_simulate_patient, *t) for t in tasks]):
+                bar.update(done.result())
         except BrokenProcessPool as e:
-            raise DataError('a worker process died, perhaps for lack of memory. Start again with workers=1; finished files are kept.') from e
-        except BaseException:   # the first error ends the whole: do not start what still waits
+            raise DataError(
+                'a worker process died, perhaps for lack of memory. Start again with workers=1; finished files are kept.'
+            ) from e
+        except BaseException:  # the first error ends the whole: do not start what still waits
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 # %% ../../nbs/21_phantom.simulate.ipynb #26ae4405
 def _settings(preset, given):
     "Complete settings, as they will stand in `simulation.json`. Raises `DataError` for what cannot be."
-    if preset not in PRESETS: raise DataError(f'unknown preset {preset!r}: expected one of {", ".join(PRESETS)}.')
+    if preset not in PRESETS:
+        raise DataError(f'unknown preset {preset!r}: expected one of {", ".join(PRESETS)}.')
     s = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
-    if not isinstance(s['patients'], dict): s['patients'] = {o: s['patients'] for o in ORGANS}
-    if np.ndim(s['recon']) == 0: s['recon'] = (s['recon'],)*2
+    if not isinstance(s['patients'], dict):
+        s['patients'] = {o: s['patients'] for o in ORGANS}
+    if np.ndim(s['recon']) == 0:
+        s['recon'] = (s['recon'],) * 2
     for organ, counts in s['patients'].items():
-        if organ not in STUDIES: raise DataError(f'unknown organ {organ!r}: expected {" or ".join(STUDIES)}.')
+        if organ not in STUDIES:
+            raise DataError(f'unknown organ {organ!r}: expected {" or ".join(STUDIES)}.')
         if len(counts) != 2 or min(counts) < 0 or max(counts) >= VAL_FROM:
-            raise DataError(f'patients of {organ}: expected (training, validation) counts from 0 to {VAL_FROM - 1}, found {tuple(counts)}.')
-    if not any(map(sum, s['patients'].values())): raise DataError('no patient at all is asked for.')
+            raise DataError(
+                f'patients of {organ}: expected (training, validation) counts from 0 to {VAL_FROM - 1}, found {tuple(counts)}.'
+            )
+    if not any(map(sum, s['patients'].values())):
+        raise DataError('no patient at all is asked for.')
     if min(s['slices'], *s['recon'], s['coils'] or 1) < 1 or len(s['recon']) != 2:
-        raise DataError(f"slices, coils and recon (rows, cols) must be 1 or more, found {s['slices']}, {s['coils']}, {s['recon']}.")
-    return json.loads(json.dumps(s | dict(version=__version__)))   # as it will read from the file: tuples become lists
+        raise DataError(
+            f'slices, coils and recon (rows, cols) must be 1 or more, found {s["slices"]}, {s["coils"]}, {s["recon"]}.'
+        )
+    return json.loads(json.dumps(s | dict(version=__version__)))  # as it will read from the file: tuples become lists
 
 # %% ../../nbs/21_phantom.simulate.ipynb #d89a9dbc
 def _claim(root, settings):
     "Record `settings` in the folder `root`, or find them there. Raises `DataError` when it holds something else."
-    record = root/'simulation.json'
+    record = root / 'simulation.json'
     if record.exists():
-        try: found = json.loads(record.read_text())
-        except ValueError as e: raise DataError(f'{record}: cannot be read ({e}). Choose another folder, or delete this one.') from e
-        if not isinstance(found, dict): found = {}
-        changed = [f'{k} {found.get(k)} there, {settings.get(k)} asked for' for k in settings | found if found.get(k) != settings.get(k)]
-        if changed: raise DataError(f'{root}: holds a data set made with other settings ({"; ".join(changed)}). '
-                                    'Choose another folder, or delete this one.')
+        try:
+            found = json.loads(record.read_text())
+        except ValueError as e:
+            raise DataError(f'{record}: cannot be read ({e}). Choose another folder, or delete this one.') from e
+        if not isinstance(found, dict):
+            found = {}
+        changed = [
+            f'{k} {found.get(k)} there, {settings.get(k)} asked for'
+            for k in settings | found
+            if found.get(k) != settings.get(k)
+        ]
+        if changed:
+            raise DataError(
+                f'{root}: holds a data set made with other settings ({"; ".join(changed)}). '
+                'Choose another folder, or delete this one.'
+            )
     elif root.exists() and any(root.rglob('*.h5')):
         raise DataError(f'{root}: holds *.h5 files that were not simulated here. Choose another folder.')
     else:
-        with atomic_path(record) as tmp: tmp.write_text(json.dumps(settings, indent=1))
+        with atomic_path(record) as tmp:
+            tmp.write_text(json.dumps(settings, indent=1))
 
 # %% ../../nbs/21_phantom.simulate.ipynb #b3cf4648
 def bytes_needed(
-    studies,        # list of `Study`
-    settings: dict  # with recon, slices and coils
+    studies,  # list of `Study`
+    settings: dict,  # with recon, slices and coils
 ) -> int:
     "Size of the k-space and image of `studies` on disk (k-space: 8 bytes a sample, twice as many rows as the image)."
     rows, cols = settings['recon']
+
     def one(s):
-        W, coils = 2*round(cols*CONTRASTS[s.acquisition].lines/2), settings['coils'] or SITES[s.site].coils
-        return settings['slices']*(8*coils*2*rows*W + 4*rows*cols)
+        W, coils = 2 * round(cols * CONTRASTS[s.acquisition].lines / 2), settings['coils'] or SITES[s.site].coils
+        return settings['slices'] * (8 * coils * 2 * rows * W + 4 * rows * cols)
+
     return sum(map(one, studies))
+
 
 def _check_space(root, studies, settings):
     "Raise `DataError` if the disk has no room for those of `studies` that are not there yet; the tenth is for headers and others."
-    need = 1.1*bytes_needed([s for s in studies if not (root/s.folder/s.fname).exists()], settings)
+    need = 1.1 * bytes_needed([s for s in studies if not (root / s.folder / s.fname).exists()], settings)
     free = shutil.disk_usage(root).free
-    if need > free: raise DataError(f'{root}: the data set needs {need/1e9:.2f} GB, {free/1e9:.2f} GB are free. '
-                                    'Free some space, choose another folder, or ask for fewer patients, slices or coils.')
+    if need > free:
+        raise DataError(
+            f'{root}: the data set needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. '
+            'Free some space, choose another folder, or ask for fewer patients, slices or coils.'
+        )
 
 # %% ../../nbs/21_phantom.simulate.ipynb #c705d67b
 def lesions_of(
     study: Study,
-    seed: int # of the data set
+    seed: int,  # of the data set
 ) -> int:
     "Number of focal lesions of a simulated person: white-matter lesions of a brain, bone-marrow lesions of a knee"
     p = subject(study.organ, _seeds(seed, study)[0]).p
     return len(p['lesions' if study.organ == 'brain' else 'spots'])
 
+
 def lesion_groups(
-    settings: dict # of the data set, with patients and seed
-) -> dict:         # fname -> 'few' or 'many'
+    settings: dict,  # of the data set, with patients and seed
+) -> dict:  # fname -> 'few' or 'many'
     "Whether the person of each volume has more lesions than half of those with the same organ"
     studies = plan_studies(settings['patients'])
     counts = {(s.organ, s.number): lesions_of(s, settings['seed']) for s in {s.patient_id: s for s in studies}.values()}
@@ -219,27 +293,31 @@ def lesion_groups(
 
 # %% ../../nbs/21_phantom.simulate.ipynb #84e8a0c6
 def simulate_dataset(
-    root,             # folder for the files; made if missing, continued if begun with the same settings
-    preset='small',   # 'tiny', 'small' or 'medium'
-    seed=0,           # another seed, other people
-    *, patients=None, # (training, validation) patients of each organ, or a dict organ -> such a pair
-    slices=None,      # of each volume
-    recon=None,       # size of the image, (rows, cols) or one number
-    coils=None,       # of each volume; where the preset says None, each site has its own number
-    extras=False,     # also store the noise-free object and what else the scanner knows
-    workers=None,     # processes; default: as many as there are cores, at most 2
-    progress=True,    # show a progress bar
-) -> pd.DataFrame:    # the index of `root`
+    root,  # folder for the files; made if missing, continued if begun with the same settings
+    preset='small',  # 'tiny', 'small' or 'medium'
+    seed=0,  # another seed, other people
+    *,
+    patients=None,  # (training, validation) patients of each organ, or a dict organ -> such a pair
+    slices=None,  # of each volume
+    recon=None,  # size of the image, (rows, cols) or one number
+    coils=None,  # of each volume; where the preset says None, each site has its own number
+    extras=False,  # also store the noise-free object and what else the scanner knows
+    workers=None,  # processes; default: as many as there are cores, at most 2
+    progress=True,  # show a progress bar
+) -> pd.DataFrame:  # the index of `root`
     """Simulate a data set into `root`/multicoil_train and `root`/multicoil_val.
 
     The same seed and settings give the same bytes, whatever the number of workers. Files that exist are kept, so a
     killed run goes on where it was. Raises `DataError` for impossible settings, a folder with other content, a full disk."""
-    settings = _settings(preset, dict(patients=patients, slices=slices, recon=recon, coils=coils, seed=int(seed), extras=bool(extras)))
+    settings = _settings(
+        preset, dict(patients=patients, slices=slices, recon=recon, coils=coils, seed=int(seed), extras=bool(extras))
+    )
     root, studies = Path(root), plan_studies(settings['patients'])
     _claim(root, settings)
     _check_space(root, studies, settings)
     by_patient = [(root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)]
     workers = min(2, os.cpu_count() or 1) if workers is None else workers
-    with tqdm(total=len(studies), desc='simulate', unit='volume', disable=not progress) as bar: _run(by_patient, workers, bar)
+    with tqdm(total=len(studies), desc='simulate', unit='volume', disable=not progress) as bar:
+        _run(by_patient, workers, bar)
     index = index_volumes(root, cache=False)
     return index.assign(lesions=index.fname.map(lesion_groups(settings)))

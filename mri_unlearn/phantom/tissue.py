@@ -18,70 +18,99 @@ from scipy.sparse import csr_array
 @dataclass(frozen=True)
 class Tissue:
     "What MRI sees of a tissue."
-    pd: float            # proton density, water = 1
-    t1: float            # of its water at 1.5 T, ms
-    t2: float            # of its water, ms
-    fat: float = 0.      # share of the protons that sit in fat
-    growth: float = .3   # T1 grows like field ** growth
-    texture: float = .05 # relative standard deviation of PD, T1 and T2 inside the tissue
 
-FAT_T1, FAT_T2 = 290., 85.  # ms at 1.5 T: the fat protons themselves
+    pd: float  # proton density, water = 1
+    t1: float  # of its water at 1.5 T, ms
+    t2: float  # of its water, ms
+    fat: float = 0.0  # share of the protons that sit in fat
+    growth: float = 0.3  # T1 grows like field ** growth
+    texture: float = 0.05  # relative standard deviation of PD, T1 and T2 inside the tissue
+
+
+FAT_T1, FAT_T2 = 290.0, 85.0  # ms at 1.5 T: the fat protons themselves
+
 
 def t1_at(t: Tissue, field_T):
     "T1 in ms at a field in tesla"
-    return t.t1*(field_T/1.5)**t.growth
+    return t.t1 * (field_T / 1.5) ** t.growth
 
 # %% ../../nbs/10_phantom.tissue.ipynb #443db6f1
 TISSUES = dict(
-    csf=Tissue(.84, 4000, 1600, growth=.02, texture=.02),
-    grey=Tissue(.84, 1130, 94), deep=Tissue(.83, 960, 85), pallidum=Tissue(.76, 760, 66, texture=.06),
-    white=Tissue(.72, 640, 79, texture=.045), stem=Tissue(.75, 760, 78), nerve=Tissue(.72, 760, 78),
-    lesion=Tissue(.92, 1250, 160, texture=.10),
-    vitreous=Tissue(1., 3200, 900, growth=.02, texture=.01),
-    mucosa=Tissue(.85, 1300, 120, texture=.15),
-    bone=Tissue(.18, 300, 4, texture=.3),
-    diploe=Tissue(.62, 750, 45, fat=.6, texture=.12),
-    marrow=Tissue(.86, 750, 45, fat=.85, texture=.08), red=Tissue(.82, 800, 48, fat=.5, texture=.10), edema=Tissue(.85, 1000, 75, fat=.4, texture=.10),
-    fat=Tissue(.85, 800, 40, fat=.97, texture=.08), septum=Tissue(.6, 800, 30, fat=.5, texture=.15),
-    skin=Tissue(.70, 900, 32, texture=.12), muscle=Tissue(.72, 1000, 35, fat=.03, texture=.11),
-    tendon=Tissue(.45, 600, 9, texture=.25), ligament=Tissue(.62, 750, 19, texture=.25), meniscus=Tissue(.42, 750, 11, texture=.25),
-    vessel=Tissue(.10, 1400, 60, texture=.3),
-    cartilage=Tissue(.80, 1050, 44, texture=.09), synovium=Tissue(.85, 1100, 70, fat=.2, texture=.12),
-    fluid=Tissue(1., 3000, 600, growth=.02, texture=.03),
+    csf=Tissue(0.84, 4000, 1600, growth=0.02, texture=0.02),
+    grey=Tissue(0.84, 1130, 94),
+    deep=Tissue(0.83, 960, 85),
+    pallidum=Tissue(0.76, 760, 66, texture=0.06),
+    white=Tissue(0.72, 640, 79, texture=0.045),
+    stem=Tissue(0.75, 760, 78),
+    nerve=Tissue(0.72, 760, 78),
+    lesion=Tissue(0.92, 1250, 160, texture=0.10),
+    vitreous=Tissue(1.0, 3200, 900, growth=0.02, texture=0.01),
+    mucosa=Tissue(0.85, 1300, 120, texture=0.15),
+    bone=Tissue(0.18, 300, 4, texture=0.3),
+    diploe=Tissue(0.62, 750, 45, fat=0.6, texture=0.12),
+    marrow=Tissue(0.86, 750, 45, fat=0.85, texture=0.08),
+    red=Tissue(0.82, 800, 48, fat=0.5, texture=0.10),
+    edema=Tissue(0.85, 1000, 75, fat=0.4, texture=0.10),
+    fat=Tissue(0.85, 800, 40, fat=0.97, texture=0.08),
+    septum=Tissue(0.6, 800, 30, fat=0.5, texture=0.15),
+    skin=Tissue(0.70, 900, 32, texture=0.12),
+    muscle=Tissue(0.72, 1000, 35, fat=0.03, texture=0.11),
+    tendon=Tissue(0.45, 600, 9, texture=0.25),
+    ligament=Tissue(0.62, 750, 19, texture=0.25),
+    meniscus=Tissue(0.42, 750, 11, texture=0.25),
+    vessel=Tissue(0.10, 1400, 60, texture=0.3),
+    cartilage=Tissue(0.80, 1050, 44, texture=0.09),
+    synovium=Tissue(0.85, 1100, 70, fat=0.2, texture=0.12),
+    fluid=Tissue(1.0, 3000, 600, growth=0.02, texture=0.03),
 )
 
 # %% ../../nbs/10_phantom.tissue.ipynb #b293d00c
-def random_volume(rng,  # numpy Generator
-                  n,    # voxels per side
-                  keep, # function: frequency in cycles per n voxels -> amplitude
-                 ):     # float32 [n, n, n], mean 0, standard deviation 1
+def random_volume(
+    rng,  # numpy Generator
+    n,  # voxels per side
+    keep,  # function: frequency in cycles per n voxels -> amplitude
+):  # float32 [n, n, n], mean 0, standard deviation 1
     "Periodic, isotropic Gaussian noise with a given amplitude spectrum."
-    f, g = np.fft.fftfreq(n, 1/n), np.fft.rfftfreq(n, 1/n)
-    r = np.sqrt(f[:, None, None]**2 + f[None, :, None]**2 + g**2)
-    spec = sfft.rfftn(rng.standard_normal((n, n, n), dtype='float32'))*keep(np.maximum(r, .5)).astype('float32')
+    f, g = np.fft.fftfreq(n, 1 / n), np.fft.rfftfreq(n, 1 / n)
+    r = np.sqrt(f[:, None, None] ** 2 + f[None, :, None] ** 2 + g**2)
+    spec = sfft.rfftn(rng.standard_normal((n, n, n), dtype='float32')) * keep(np.maximum(r, 0.5)).astype('float32')
     spec[0, 0, 0] = 0
     v = sfft.irfftn(spec, (n, n, n))
-    return (v/v.std()).astype('float32')
+    return (v / v.std()).astype('float32')
+
 
 def band(lo, hi):
     "Amplitude filter for `random_volume`: mostly lo to hi cycles per n voxels"
-    return lambda f: np.exp(-.5*((np.log(f) - .5*np.log(lo*hi))/(.5*np.log(hi/lo)))**2)/f
+    return lambda f: np.exp(-0.5 * ((np.log(f) - 0.5 * np.log(lo * hi)) / (0.5 * np.log(hi / lo))) ** 2) / f
+
 
 def power(beta):
     "Amplitude filter for `random_volume`: energy falls like f**-beta"
-    return lambda f: f**(-beta/2)
+    return lambda f: f ** (-beta / 2)
 
 # %% ../../nbs/10_phantom.tissue.ipynb #f9d1619e
 def cubic_weights(at):
     "Indices [m, 4] and Catmull-Rom weights float32 [m, 4] that read positions `at` (in samples)"
-    at = np.asarray(at, 'float64'); i = np.floor(at).astype(int); t = at - i
-    w = np.stack([-.5*t**3 + t**2 - .5*t, 1.5*t**3 - 2.5*t**2 + 1, -1.5*t**3 + 2*t**2 + .5*t, .5*t**3 - .5*t**2], 1)
+    at = np.asarray(at, 'float64')
+    i = np.floor(at).astype(int)
+    t = at - i
+    w = np.stack(
+        [
+            -0.5 * t**3 + t**2 - 0.5 * t,
+            1.5 * t**3 - 2.5 * t**2 + 1,
+            -1.5 * t**3 + 2 * t**2 + 0.5 * t,
+            0.5 * t**3 - 0.5 * t**2,
+        ],
+        1,
+    )
     return i[:, None] + np.arange(-1, 3), w.astype('float32')
 
-def interpolator(at,          # positions in samples
-                 n,           # number of samples
-                 wrap=False,  # is the signal periodic? else its ends are held
-                ):            # sparse [len(at), n]
+
+def interpolator(
+    at,  # positions in samples
+    n,  # number of samples
+    wrap=False,  # is the signal periodic? else its ends are held
+):  # sparse [len(at), n]
     "Matrix that interpolates n samples at the positions `at`."
     j, w = cubic_weights(at)
     j = j % n if wrap else np.clip(j, 0, n - 1)
@@ -90,139 +119,182 @@ def interpolator(at,          # positions in samples
 # %% ../../nbs/10_phantom.tissue.ipynb #2cb2e73b
 class Noise:
     "A random volume that repeats every n*voxel mm, to be read anywhere."
-    def __init__(self,
-                 rng,    # numpy Generator
-                 n,      # voxels per side
-                 voxel,  # mm
-                 keep,   # amplitude filter: `band` or `power`
-                ): self.n, self.voxel, self.vol, self.coef = n, voxel, random_volume(rng, n, keep), None
+
+    def __init__(
+        self,
+        rng,  # numpy Generator
+        n,  # voxels per side
+        voxel,  # mm
+        keep,  # amplitude filter: `band` or `power`
+    ):
+        self.n, self.voxel, self.vol, self.coef = n, voxel, random_volume(rng, n, keep), None
 
     def grid(self, x, y, z):
         "Values on the grid of three vectors (mm), one of length 1: float32, the two other lengths in order"
-        a = [np.atleast_1d(np.asarray(c, 'float64'))/self.voxel for c in (x, y, z)]
+        a = [np.atleast_1d(np.asarray(c, 'float64')) / self.voxel for c in (x, y, z)]
         k = [i for i in range(3) if len(a[i]) == 1][-1]
         j, w = cubic_weights(a[k])
         planes = np.take(self.vol, j[0] % self.n, axis=k)
-        v = sum(w[0, i]*planes.take(i, axis=k) for i in range(4))
+        v = sum(w[0, i] * planes.take(i, axis=k) for i in range(4))
         R, C = [interpolator(a[i], self.n, True) for i in range(3) if i != k]
         return np.ascontiguousarray((C @ (R @ v).T).T)
 
     def points(self, p):
         "Values at points [3, ...] in mm: float32 [...]"
-        if self.coef is None: self.coef = spline_filter(self.vol, order=3, mode='grid-wrap', output='float32')
-        return map_coordinates(self.coef, np.asarray(p)/self.voxel, order=3, prefilter=False, mode='grid-wrap', output='float32')
+        if self.coef is None:
+            self.coef = spline_filter(self.vol, order=3, mode='grid-wrap', output='float32')
+        return map_coordinates(
+            self.coef, np.asarray(p) / self.voxel, order=3, prefilter=False, mode='grid-wrap', output='float32'
+        )
 
 # %% ../../nbs/10_phantom.tissue.ipynb #611492cc
-def ellipsoid(p, # [3, ...], mm
-              c, # centre
-              r, # three radii
-             ):
+def ellipsoid(
+    p,  # [3, ...], mm
+    c,  # centre
+    r,  # three radii
+):
     "Distance to an ellipsoid, mm, positive inside; exact for a sphere, first order otherwise"
-    q = [(p[i] - c[i])/r[i] for i in range(3)]
-    k0 = np.sqrt(q[0]**2 + q[1]**2 + q[2]**2) + 1e-6
-    k1 = np.sqrt((q[0]/r[0])**2 + (q[1]/r[1])**2 + (q[2]/r[2])**2) + 1e-6/min(r)
-    return (1 - k0)*k0/k1
+    q = [(p[i] - c[i]) / r[i] for i in range(3)]
+    k0 = np.sqrt(q[0] ** 2 + q[1] ** 2 + q[2] ** 2) + 1e-6
+    k1 = np.sqrt((q[0] / r[0]) ** 2 + (q[1] / r[1]) ** 2 + (q[2] / r[2]) ** 2) + 1e-6 / min(r)
+    return (1 - k0) * k0 / k1
+
 
 def rods(p, points, radii):
     "Distance to a chain of rods through `points`, with a radius at each"
     out = None
     for a, b, ra, rb in zip(points, points[1:], radii, radii[1:]):
-        a, b = np.asarray(a, 'float32'), np.asarray(b, 'float32'); d = b - a
-        t = np.clip(sum((p[i] - a[i])*d[i] for i in range(3))/(d*d).sum(), 0, 1)
-        s = ra + (rb - ra)*t - np.sqrt(sum((p[i] - a[i] - t*d[i])**2 for i in range(3)))
+        a, b = np.asarray(a, 'float32'), np.asarray(b, 'float32')
+        d = b - a
+        t = np.clip(sum((p[i] - a[i]) * d[i] for i in range(3)) / (d * d).sum(), 0, 1)
+        s = ra + (rb - ra) * t - np.sqrt(sum((p[i] - a[i] - t * d[i]) ** 2 for i in range(3)))
         out = s if out is None else np.maximum(out, s)
     return out
 
 # %% ../../nbs/10_phantom.tissue.ipynb #db49aa7e
-def join(a, b, k=4.):
+def join(a, b, k=4.0):
     "Union of two shapes, rounded over k mm"
-    h = np.clip(.5 + .5*(a - b)/k, 0, 1)
-    return b + (a - b)*h + k*h*(1 - h)
+    h = np.clip(0.5 + 0.5 * (a - b) / k, 0, 1)
+    return b + (a - b) * h + k * h * (1 - h)
 
-def meet(a, b, k=4.):
+
+def meet(a, b, k=4.0):
     "Intersection of two shapes, rounded over k mm"
     return -join(-a, -b, k)
 
 # %% ../../nbs/10_phantom.tissue.ipynb #2e1108d9
 class Painter:
     "Fills points with tissue, from front to back."
-    def __init__(self,
-                 inside, # float32 [n], distance to the skin, positive inside the body
-                 soft,   # mm over which an edge goes from 0 to 1; at least the spacing of the points
-                ): self.soft, self.w = soft, {}; self.left = self.alpha(inside)
+
+    def __init__(
+        self,
+        inside,  # float32 [n], distance to the skin, positive inside the body
+        soft,  # mm over which an edge goes from 0 to 1; at least the spacing of the points
+    ):
+        self.soft, self.w = soft, {}
+        self.left = self.alpha(inside)
 
     def alpha(self, s, soft=0):
         "Covered share of a point at distance s inside a shape"
-        return np.clip(s/np.float32(max(self.soft, soft)) + np.float32(.5), 0, 1)
+        return np.clip(s / np.float32(max(self.soft, soft)) + np.float32(0.5), 0, 1)
 
     def add(self, tissue, s, soft=0):
         "Put `tissue` where s > 0 and nothing lies in front; tissue None leaves air"
-        a = self.left*self.alpha(s, soft)
-        if tissue: self.w[tissue] = self.w[tissue] + a if tissue in self.w else a
+        a = self.left * self.alpha(s, soft)
+        if tissue:
+            self.w[tissue] = self.w[tissue] + a if tissue in self.w else a
         self.left = self.left - a
 
-    def rest(self, tissue): self.add(tissue, np.float32(1e3))
+    def rest(self, tissue):
+        self.add(tissue, np.float32(1e3))
 
 # %% ../../nbs/10_phantom.tissue.ipynb #3b82da8d
-PLANES = dict(axial=(1, 0, 2), sagittal=(2, 1, 0), coronal=(2, 0, 1))  # which of x, y, z runs along rows, columns, and across
-STEP = 2.  # mm, spacing of the coarse grid for fields that vary slowly
+PLANES = dict(
+    axial=(1, 0, 2), sagittal=(2, 1, 0), coronal=(2, 0, 1)
+)  # which of x, y, z runs along rows, columns, and across
+STEP = 2.0  # mm, spacing of the coarse grid for fields that vary slowly
+
 
 @dataclass
 class Cut:
     "One plane through a subject, n of whose points lie in the body."
-    body: np.ndarray     # bool [rows, cols]
-    fractions: dict      # tissue -> volume fraction float32 [n]; what is missing to 1 is air
+
+    body: np.ndarray  # bool [rows, cols]
+    fractions: dict  # tissue -> volume fraction float32 [n]; what is missing to 1 is air
     texture: np.ndarray  # float32 [3, n], mean 0, standard deviation 1, for PD, T1, T2
+
     def image(self, v):
         "Values [n] on the plane, 0 outside the body: float32 [rows, cols]"
-        out = np.zeros(self.body.shape, 'float32'); out[self.body] = v
+        out = np.zeros(self.body.shape, 'float32')
+        out[self.body] = v
         return out
 
 # %% ../../nbs/10_phantom.tissue.ipynb #9fd8107e
 class Subject:
     "A person's head or knee as a function of position. Made by `subject`."
+
     def __init__(self, organ, entropy, person, fields, paint):
         r = [np.random.default_rng(s) for s in np.random.SeedSequence(entropy).spawn(6)]
         self.organ, self.fields, self.paint, self.p = organ, fields, paint, person(r[5])
-        self.fine = Noise(r[0], 128, .7, power(2.6))        # texture at all scales
-        self.warp = Noise(r[1], 32, 12., band(1.5, 4))      # 100-250 mm: the shape of the body
-        self.fold = Noise(r[2], 64, 2.4, band(4.5, 7.5))    # 20-34 mm: the folds of the cortex
-        self.mid = Noise(r[3], 64, 1.6, band(4, 12))        # 8-25 mm: irregular outlines
-        self.tiny = Noise(r[4], 64, .9, band(9, 26))        # 2-6 mm: fibres, trabeculae
+        self.fine = Noise(r[0], 128, 0.7, power(2.6))  # texture at all scales
+        self.warp = Noise(r[1], 32, 12.0, band(1.5, 4))  # 100-250 mm: the shape of the body
+        self.fold = Noise(r[2], 64, 2.4, band(4.5, 7.5))  # 20-34 mm: the folds of the cortex
+        self.mid = Noise(r[3], 64, 1.6, band(4, 12))  # 8-25 mm: irregular outlines
+        self.tiny = Noise(r[4], 64, 0.9, band(9, 26))  # 2-6 mm: fibres, trabeculae
 
     def read(self, noise, rows, cols, at, plane, shift=(0, 0, 0), stretch=(1, 1, 1)):
         "A noise on a plane (mm): float32 [rows, cols]; `shift` (mm) makes an independent one, `stretch` a fibrous one"
-        ir, ic, ia = PLANES[plane]; c = [None]*3; c[ir], c[ic], c[ia] = np.asarray(rows), np.asarray(cols), np.array([at])
-        v = noise.grid(*[(c[i] + shift[i])/stretch[i] for i in range(3)])
+        ir, ic, ia = PLANES[plane]
+        c = [None] * 3
+        c[ir], c[ic], c[ia] = np.asarray(rows), np.asarray(cols), np.array([at])
+        v = noise.grid(*[(c[i] + shift[i]) / stretch[i] for i in range(3)])
         return v if ir < ic else v.T
 
     def bend(self, p, read):
         "Positions in the standard body"
-        u = [read(self.warp, (37.*i, 91.*i, 13.*i)) for i in range(3)]
-        return sum(self.p['affine'][:, j, None, None]*p[j] for j in range(3)) + self.p['bend']*np.stack(u)
+        u = [read(self.warp, (37.0 * i, 91.0 * i, 13.0 * i)) for i in range(3)]
+        return sum(self.p['affine'][:, j, None, None] * p[j] for j in range(3)) + self.p['bend'] * np.stack(u)
 
-    def cut(self,
-            rows,  # mm, evenly spaced coordinates along the rows of the image
-            cols,  # mm, along its columns
-            at,    # mm, position of the plane
-            plane, # key of `PLANES`
-           ) -> Cut:
+    def cut(
+        self,
+        rows,  # mm, evenly spaced coordinates along the rows of the image
+        cols,  # mm, along its columns
+        at,  # mm, position of the plane
+        plane,  # key of `PLANES`
+    ) -> Cut:
         "The tissues of a plane."
         ir, ic, ia = PLANES[plane]
-        g = [np.arange(min(v) - 2*STEP, max(v) + 3*STEP, STEP) for v in (rows, cols)]
-        p = [None]*3; p[ir], p[ic], p[ia] = g[0][:, None].astype('float32'), g[1][None].astype('float32'), np.full((1, 1), at, 'float32')
-        read = lambda noise, shift=(0, 0, 0): self.read(noise, *g, at, plane, shift)
+        g = [np.arange(min(v) - 2 * STEP, max(v) + 3 * STEP, STEP) for v in (rows, cols)]
+        p = [None] * 3
+        p[ir], p[ic], p[ia] = (
+            g[0][:, None].astype('float32'),
+            g[1][None].astype('float32'),
+            np.full((1, 1), at, 'float32'),
+        )
+
+        def read(noise, shift=(0, 0, 0)):
+            return self.read(noise, *g, at, plane, shift)
+
         smooth = self.fields(self, self.bend(np.stack(np.broadcast_arrays(*p)), read).astype('float32'), read)
-        R, C = [interpolator((np.asarray(v) - q[0])/STEP, len(q)) for v, q in ((rows, g[0]), (cols, g[1]))]
-        up = lambda v: (C @ (R @ v).T).T
+        R, C = [interpolator((np.asarray(v) - q[0]) / STEP, len(q)) for v, q in ((rows, g[0]), (cols, g[1]))]
+
+        def up(v):
+            return (C @ (R @ v).T).T
+
         body = up(smooth['skin']) > -4
-        read = lambda noise, shift=(0, 0, 0), stretch=(1, 1, 1): self.read(noise, rows, cols, at, plane, shift, stretch)[body]
+
+        def read(noise, shift=(0, 0, 0), stretch=(1, 1, 1)):
+            return self.read(noise, rows, cols, at, plane, shift, stretch)[body]
+
         soft = max(abs(rows[1] - rows[0]), abs(cols[1] - cols[0]))
         fractions = self.paint(self, {k: up(v)[body] for k, v in smooth.items()}, read, soft)
-        return Cut(body, fractions, np.stack([read(self.fine, (31*i, 17*i, 53*i)) for i in range(3)]))
+        return Cut(body, fractions, np.stack([read(self.fine, (31 * i, 17 * i, 53 * i)) for i in range(3)]))
 
 # %% ../../nbs/10_phantom.tissue.ipynb #821b28ac
 def _affine(rng, tilt, scale):
     "A small rotation and stretch, float32 [3, 3]"
-    r = rng.normal(0, tilt, 3); s = 1 + rng.uniform(-scale, scale, 3)
-    return (np.diag(1/s) @ (np.eye(3) + np.array([[0, -r[2], r[1]], [r[2], 0, -r[0]], [-r[1], r[0], 0]]))).astype('float32')
+    r = rng.normal(0, tilt, 3)
+    s = 1 + rng.uniform(-scale, scale, 3)
+    return (np.diag(1 / s) @ (np.eye(3) + np.array([[0, -r[2], r[1]], [r[2], 0, -r[0]], [-r[1], r[0], 0]]))).astype(
+        'float32'
+    )

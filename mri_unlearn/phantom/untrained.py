@@ -21,66 +21,102 @@ from .tissue import Painter, Subject, _affine, rods
 # %% ../../nbs/22_phantom.untrained.ipynb #de974967
 def thigh_person(rng):
     "The numbers that make one thigh"
-    return dict(affine=_affine(rng, .05, .07), bend=rng.uniform(2., 4.), subcut=rng.uniform(5, 17), girth=rng.uniform(64, 76), bone=rng.uniform(12., 14.5),
-                cortex=rng.uniform(4., 6.), turn=rng.uniform(-.25, .25), shift=rng.uniform(0, 150, 6).astype('float32'))
+    return dict(
+        affine=_affine(rng, 0.05, 0.07),
+        bend=rng.uniform(2.0, 4.0),
+        subcut=rng.uniform(5, 17),
+        girth=rng.uniform(64, 76),
+        bone=rng.uniform(12.0, 14.5),
+        cortex=rng.uniform(4.0, 6.0),
+        turn=rng.uniform(-0.25, 0.25),
+        shift=rng.uniform(0, 150, 6).astype('float32'),
+    )
+
 
 def thigh_fields(sub, p, read):
     "All smooth fields of a thigh on a coarse plane, mm, positive inside"
     P, (x, y, z) = sub.p, p
-    skin = P['girth'] - np.hypot(x, 1.08*y) + 1.2*read(sub.fold)
+    skin = P['girth'] - np.hypot(x, 1.08 * y) + 1.2 * read(sub.fold)
     angle, away = np.arctan2(y - 4, x - 2) + P['turn'], np.hypot(x - 2, y - 4)
-    borders = (.15, 2.9, 4.1, 5.3)                                     # where the septa lie, radians from the inner side
-    gap = np.min([np.abs((angle - b + np.pi) % (2*np.pi) - np.pi) for b in borders], 0)*away
-    return dict(skin=skin, fascia=skin - P['subcut'], femur=rods(p, [(2, 4, -300), (1, 5, 300)], [P['bone']]*2), septum=1.3 - gap, away=away,
-                vessel=np.maximum(rods(p, [(-27, 8, -300), (-25, 6, 300)], [4., 4.]), rods(p, [(-31, 2, -300), (-30, 1, 300)], [4.6, 4.6])),
-                nerve=rods(p, [(6, -26, -300), (5, -27, 300)], [4.5, 4.5]), inner=rods(p, [(2, 26, -300), (2, 26, 300)], [17., 17.]))
+    borders = (0.15, 2.9, 4.1, 5.3)  # where the septa lie, radians from the inner side
+    gap = np.min([np.abs((angle - b + np.pi) % (2 * np.pi) - np.pi) for b in borders], 0) * away
+    return dict(
+        skin=skin,
+        fascia=skin - P['subcut'],
+        femur=rods(p, [(2, 4, -300), (1, 5, 300)], [P['bone']] * 2),
+        septum=1.3 - gap,
+        away=away,
+        vessel=np.maximum(
+            rods(p, [(-27, 8, -300), (-25, 6, 300)], [4.0, 4.0]), rods(p, [(-31, 2, -300), (-30, 1, 300)], [4.6, 4.6])
+        ),
+        nerve=rods(p, [(6, -26, -300), (5, -27, 300)], [4.5, 4.5]),
+        inner=rods(p, [(2, 26, -300), (2, 26, 300)], [17.0, 17.0]),
+    )
+
 
 def thigh_paint(sub, f, read, soft):
     "Tissue fractions of a thigh: dict tissue -> float32 [n]"
     m, m2, low = read(sub.mid), read(sub.mid, (40, 20, 60)), read(sub.fold)
-    fibre, lobe = read(sub.tiny, stretch=(1.1, 1.1, 10)), read(sub.mid, (9, 3, 5), (.8, .8, 2.))
+    fibre, lobe = read(sub.tiny, stretch=(1.1, 1.1, 10)), read(sub.mid, (9, 3, 5), (0.8, 0.8, 2.0))
     w, least = Painter(f['skin'], soft), np.minimum
-    w.add('skin', 1.7 + .3*m - f['skin'])
-    w.add('bone', least(f['femur'] + .4*m, sub.p['cortex'] + .5*m2 - f['femur'])); w.add('marrow', f['femur'])
-    w.add('vessel', f['vessel']); w.add('nerve', f['nerve'] + .4*m)
-    w.add('tendon', .5 - np.abs(f['fascia'] + .4*m), .9)
-    w.add('fat', least(f['fascia'], f['septum'] + .7*m), 1.)
-    w.add('tendon', least(f['fascia'], .35 - np.abs(f['inner'] + m)), .8)   # the sheath of rectus femoris
-    w.add('fat', least(f['fascia'], np.maximum(.2 - np.abs(low + .3*m)*6, (fibre + .3*m - 1.5)*.7)), 1.)
+    w.add('skin', 1.7 + 0.3 * m - f['skin'])
+    w.add('bone', least(f['femur'] + 0.4 * m, sub.p['cortex'] + 0.5 * m2 - f['femur']))
+    w.add('marrow', f['femur'])
+    w.add('vessel', f['vessel'])
+    w.add('nerve', f['nerve'] + 0.4 * m)
+    w.add('tendon', 0.5 - np.abs(f['fascia'] + 0.4 * m), 0.9)
+    w.add('fat', least(f['fascia'], f['septum'] + 0.7 * m), 1.0)
+    w.add('tendon', least(f['fascia'], 0.35 - np.abs(f['inner'] + m)), 0.8)  # the sheath of rectus femoris
+    w.add('fat', least(f['fascia'], np.maximum(0.2 - np.abs(low + 0.3 * m) * 6, (fibre + 0.3 * m - 1.5) * 0.7)), 1.0)
     w.add('muscle', f['fascia'])
-    w.add('septum', least(.2 - np.abs(lobe)*1.6, (m2 + .5)*2), .8)
+    w.add('septum', least(0.2 - np.abs(lobe) * 1.6, (m2 + 0.5) * 2), 0.8)
     w.rest('fat')
     return w.w
 
-CONTRASTS.update(LEGT1=Contrast('thigh', 'axial', 'tse', (550., 750.), (10., 16.), fov=190., thickness=5., snr=30.),
-                 LEGPD=Contrast('thigh', 'axial', 'tse', (2000., 3000.), (27., 34.), fov=190., thickness=5., snr=26.))
 
-def thigh(seed): # int or sequence of ints -> Subject
+CONTRASTS.update(
+    LEGT1=Contrast('thigh', 'axial', 'tse', (550.0, 750.0), (10.0, 16.0), fov=190.0, thickness=5.0, snr=30.0),
+    LEGPD=Contrast('thigh', 'axial', 'tse', (2000.0, 3000.0), (27.0, 34.0), fov=190.0, thickness=5.0, snr=26.0),
+)
+
+
+def thigh(seed):  # int or sequence of ints -> Subject
     "A thigh; the same seed gives the same one"
-    return Subject('thigh', [3, *np.atleast_1d(np.asarray(seed, np.int64)).tolist()], thigh_person, thigh_fields, thigh_paint)
+    return Subject(
+        'thigh', [3, *np.atleast_1d(np.asarray(seed, np.int64)).tolist()], thigh_person, thigh_fields, thigh_paint
+    )
 
 # %% ../../nbs/22_phantom.untrained.ipynb #94293d97
 @dataclass(frozen=True)
 class ThighStudy(Study):
     "One volume of a thigh"
+
     @property
-    def fname(self): return f'file_thigh_{self.acquisition}_3{self.number*10 + self.repeat:06d}.h5'
+    def fname(self):
+        return f'file_thigh_{self.acquisition}_3{self.number * 10 + self.repeat:06d}.h5'
+
 
 def simulate_thighs(
-    root,          # folder of the files; those that are there are kept
-    n=6,           # thighs, one volume each, sites and contrasts in turn
+    root,  # folder of the files; those that are there are kept
+    n=6,  # thighs, one volume each, sites and contrasts in turn
     seed=0,
-    *, recon=(96, 96), slices=4, coils=None, progress=False, # as in `simulate_dataset`
-): # the index of the folder
+    *,
+    recon=(96, 96),
+    slices=4,
+    coils=None,
+    progress=False,  # as in `simulate_dataset`
+):  # the index of the folder
     "Simulate scans of thighs. The same seed and settings give the same bytes"
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                       # sums depend on the number of threads in their last bits
+    torch.set_num_threads(1)  # sums depend on the number of threads in their last bits
     try:
         for i in tqdm(range(n), desc='third organ', unit='volume', disable=not progress):
-            s = ThighStudy('thigh', '', i + 1, list(SITES)[i % len(SITES)], ('LEGT1', 'LEGPD')[i//len(SITES) % 2], 0)
-            path = Path(root)/s.fname
-            if path.exists(): continue
+            s = ThighStudy('thigh', '', i + 1, list(SITES)[i % len(SITES)], ('LEGT1', 'LEGPD')[i // len(SITES) % 2], 0)
+            path = Path(root) / s.fname
+            if path.exists():
+                continue
             person, scan = (int(np.random.SeedSequence([seed, 2, i + 1, k]).generate_state(1)[0]) for k in (0, 1))
             simulate_volume(path, s, thigh(person), scan, recon=tuple(recon), slices=slices, coils=coils)
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
     return index_volumes(root, cache=False)

@@ -14,14 +14,15 @@ from ..machinery.disk import atomic_path
 
 # %% ../../nbs/70_show.figures.ipynb #84e70116
 def new_axes(
-    rows:int=1, # rows of panels
-    cols:int=1, # columns of panels
-    size=(3.0, 3.0), # width and height of one panel, inches
-    **kwargs, # passed to `plt.subplots`, e.g. `sharey`
+    rows: int = 1,  # rows of panels
+    cols: int = 1,  # columns of panels
+    size=(3.0, 3.0),  # width and height of one panel, inches
+    **kwargs,  # passed to `plt.subplots`, e.g. `sharey`
 ):
     "A figure and its axes (array [rows, cols]), already forgotten by pyplot: nobody has to close it"
-    fig, axs = plt.subplots(rows, cols, figsize=(cols*size[0], rows*size[1]), dpi=72, squeeze=False,
-                            layout='constrained', **kwargs)
+    fig, axs = plt.subplots(
+        rows, cols, figsize=(cols * size[0], rows * size[1]), dpi=72, squeeze=False, layout='constrained', **kwargs
+    )
     plt.close(fig)  # still a whole Figure, but no longer pyplot's, so it is neither leaked nor shown twice
     return fig, axs
 
@@ -30,108 +31,126 @@ def _panel(ax, size=(4.0, 3.0)):
     "`ax` where the caller gave one, else the only axes of a new figure"
     return new_axes(size=size)[1][0, 0] if ax is None else ax
 
+
 def save_figure(
-    fig:Figure, # what to write
-    path, # name of the PNG
-    dpi:int=144, # dots an inch: 144 is sharp on paper and on a dense screen
+    fig: Figure,  # what to write
+    path,  # name of the PNG
+    dpi: int = 144,  # dots an inch: 144 is sharp on paper and on a dense screen
 ):
     "Write `fig` as a PNG under `path`, whole or not at all; the same figure gives the same bytes"
-    with atomic_path(path) as tmp: fig.savefig(tmp, format='png', dpi=dpi, metadata={'Software': None})
+    with atomic_path(path) as tmp:
+        fig.savefig(tmp, format='png', dpi=dpi, metadata={'Software': None})
 
 # %% ../../nbs/70_show.figures.ipynb #75032e3f
 def _image(x):
     "`x` (array or CPU tensor, real or complex, [h, w]) as a real float array for drawing"
     x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x)
-    if x.ndim != 2: raise ValueError(f'an image has two dimensions (rows, columns); this one has shape {x.shape}')
+    if x.ndim != 2:
+        raise ValueError(f'an image has two dimensions (rows, columns); this one has shape {x.shape}')
     return np.abs(x) if np.iscomplexobj(x) else x.astype(float)
+
 
 def _draw(ax, x, vmax, cmap, title='', vmin=0):
     "One image without ticks; returns the mappable, for a colour bar"
-    ax.set_xticks([]); ax.set_yticks([])
+    ax.set_xticks([])
+    ax.set_yticks([])
     ax.set_title(title, fontsize=9)
     return ax.imshow(x, vmin=vmin, vmax=vmax, cmap=cmap, interpolation='nearest')
 
 # %% ../../nbs/70_show.figures.ipynb #c87c762c
 def show_images(
-    images, # list of images [h, w], or one array or tensor [n, h, w]; complex ones are shown by their magnitude
-    titles=None, # one string an image
-    vmax=None, # value shown white, the same for all images; default: the largest value among them
-    cols:int=6, # images in a row
-    cmap:str='gray', # matplotlib's name of a colour map
-    size:float=1.6, # width of one image, inches
-)->Figure:
+    images,  # list of images [h, w], or one array or tensor [n, h, w]; complex ones are shown by their magnitude
+    titles=None,  # one string an image
+    vmax=None,  # value shown white, the same for all images; default: the largest value among them
+    cols: int = 6,  # images in a row
+    cmap: str = 'gray',  # matplotlib's name of a colour map
+    size: float = 1.6,  # width of one image, inches
+) -> Figure:
     "Images side by side on one scale that starts at 0. Raises ValueError for no image or a wrong number of titles"
     images = [_image(x) for x in images]
-    if not images: raise ValueError('show_images was given no image')
+    if not images:
+        raise ValueError('show_images was given no image')
     titles = [''] * len(images) if titles is None else list(titles)
-    if len(titles) != len(images): raise ValueError(f'{len(images)} images need as many titles, not {len(titles)}')
+    if len(titles) != len(images):
+        raise ValueError(f'{len(images)} images need as many titles, not {len(titles)}')
     vmax = max(np.nanmax(x) for x in images) if vmax is None else vmax
     cols = min(cols, len(images))
-    tall = max(x.shape[0]/x.shape[1] for x in images)
-    fig, axs = new_axes(-(-len(images)//cols), cols, (size, size*tall + .25))
-    for ax in axs.flat[len(images):]: ax.set_axis_off()
-    for ax, x, t in zip(axs.flat, images, titles): _draw(ax, x, vmax, cmap, t)
+    tall = max(x.shape[0] / x.shape[1] for x in images)
+    fig, axs = new_axes(-(-len(images) // cols), cols, (size, size * tall + 0.25))
+    for ax in axs.flat[len(images) :]:
+        ax.set_axis_off()
+    for ax, x, t in zip(axs.flat, images, titles):
+        _draw(ax, x, vmax, cmap, t)
     return fig
 
 # %% ../../nbs/70_show.figures.ipynb #8530b711
 def show_reconstructions(
-    target, # fully sampled image [h, w]
-    recons:dict, # name -> reconstruction [h, w], same units as the target
-    error_share:float=.1, # share of the target's maximum at which the error maps saturate
-    cols:int=6, # reconstructions in a row; more go into further rows
-    size:float=1.7, # width of one image, inches
-    against:str='target', # what to call the first image
-)->Figure:
+    target,  # fully sampled image [h, w]
+    recons: dict,  # name -> reconstruction [h, w], same units as the target
+    error_share: float = 0.1,  # share of the target's maximum at which the error maps saturate
+    cols: int = 6,  # reconstructions in a row; more go into further rows
+    size: float = 1.7,  # width of one image, inches
+    against: str = 'target',  # what to call the first image
+) -> Figure:
     "The target, the reconstructions, and beneath each of these its error map, all errors on one printed scale"
     target = _image(target)
     recons = {k: _image(x) for k, x in recons.items()}
     for k, x in recons.items():
-        if x.shape != target.shape: raise ValueError(f'{k!r} has shape {x.shape}, the target {target.shape}')
+        if x.shape != target.shape:
+            raise ValueError(f'{k!r} has shape {x.shape}, the target {target.shape}')
     top, names = target.max(), [against, *recons]
-    cols, tall = min(cols, len(names)), target.shape[0]/target.shape[1]
-    if not recons: raise ValueError('show_reconstructions needs at least one reconstruction')
-    fig, axs = new_axes(2*-(-len(names)//cols), cols, (size, size*tall + .2))
-    for ax in axs.flat: ax.set_axis_off()
+    cols, tall = min(cols, len(names)), target.shape[0] / target.shape[1]
+    if not recons:
+        raise ValueError('show_reconstructions needs at least one reconstruction')
+    fig, axs = new_axes(2 * -(-len(names) // cols), cols, (size, size * tall + 0.2))
+    for ax in axs.flat:
+        ax.set_axis_off()
     for i, name in enumerate(names):
         r, c = divmod(i, cols)
-        axs[2*r, c].set_axis_on(); _draw(axs[2*r, c], recons.get(name, target), top, 'gray', name)
-        if not i: continue
-        axs[2*r + 1, c].set_axis_on()
-        err = _draw(axs[2*r + 1, c], np.abs(recons[name] - target)/top, error_share, 'inferno')
-    fig.set_size_inches(cols*size + .9, fig.get_figheight())  # room for the colour bar
-    bar = fig.colorbar(err, ax=axs, shrink=.7, aspect=30, extend='max', format=lambda v, _: f'{100*v:.3g} %')
-    bar.set_label(f"absolute {'error' if against == 'target' else 'difference'}, share of the {against}'s maximum", fontsize=8)
+        axs[2 * r, c].set_axis_on()
+        _draw(axs[2 * r, c], recons.get(name, target), top, 'gray', name)
+        if not i:
+            continue
+        axs[2 * r + 1, c].set_axis_on()
+        err = _draw(axs[2 * r + 1, c], np.abs(recons[name] - target) / top, error_share, 'inferno')
+    fig.set_size_inches(cols * size + 0.9, fig.get_figheight())  # room for the colour bar
+    bar = fig.colorbar(err, ax=axs, shrink=0.7, aspect=30, extend='max', format=lambda v, _: f'{100 * v:.3g} %')
+    bar.set_label(
+        f"absolute {'error' if against == 'target' else 'difference'}, share of the {against}'s maximum", fontsize=8
+    )
     bar.ax.tick_params(labelsize=8)
     return fig
 
 # %% ../../nbs/70_show.figures.ipynb #7c79e1eb
 def show_mask(
-    mask, # bool [width] (further dimensions of length 1 are allowed), True where a line is measured
-    num_low_frequencies:int=None, # width of the dense centre, underlined where given
-    title:str='', # goes before the count of lines
-    ax=None, # axes to draw on
-)->Figure:
+    mask,  # bool [width] (further dimensions of length 1 are allowed), True where a line is measured
+    num_low_frequencies: int = None,  # width of the dense centre, underlined where given
+    title: str = '',  # goes before the count of lines
+    ax=None,  # axes to draw on
+) -> Figure:
     "The measured phase-encoding lines as white stripes, counted, with the acceleration that they really give"
     m = np.asarray(mask).astype(bool).reshape(-1)
-    ax, n = _panel(ax, (5, .9)), int(m.sum())
-    if not n: raise ValueError(f'no line of this mask (width {m.size}) is measured')
-    _draw(ax, m[None].astype(float), 1, 'gray', f'{title} {n} of {m.size} lines, {m.size/n:.2g}×'.strip())
+    ax, n = _panel(ax, (5, 0.9)), int(m.sum())
+    if not n:
+        raise ValueError(f'no line of this mask (width {m.size}) is measured')
+    _draw(ax, m[None].astype(float), 1, 'gray', f'{title} {n} of {m.size} lines, {m.size / n:.2g}×'.strip())
     ax.set_aspect('auto')
     if num_low_frequencies:
-        left = (m.size - num_low_frequencies + 1)//2 - .5  # fastMRI's centre: pad = (width - n_low + 1) // 2
-        ax.plot([left, left + num_low_frequencies], [.6, .6], color='tab:orange', lw=3, clip_on=False)
+        left = (m.size - num_low_frequencies + 1) // 2 - 0.5  # fastMRI's centre: pad = (width - n_low + 1) // 2
+        ax.plot([left, left + num_low_frequencies], [0.6, 0.6], color='tab:orange', lw=3, clip_on=False)
         ax.set_xlabel(f'dense centre: {num_low_frequencies} lines', fontsize=8, color='tab:orange', labelpad=6)
     return ax.figure
 
 # %% ../../nbs/70_show.figures.ipynb #44f79746
 def _free_spots(radii=(9, 15, 22, 30, 40, 52, 66, 82), angles=(20, 160, 340, 200, 60, 120, 300, 240, 90, 270)):
     "Offsets in points at which a label may stand, the near ones first"
-    return [(r*np.cos(a), r*np.sin(a)) for r in radii for a in np.deg2rad(angles)]
+    return [(r * np.cos(a), r * np.sin(a)) for r in radii for a in np.deg2rad(angles)]
+
 
 def place_labels(
-    ax, # axes whose limits are final
-    points:dict, # label -> (x, y) in data coordinates
-    fontsize:float=8, # points
+    ax,  # axes whose limits are final
+    points: dict,  # label -> (x, y) in data coordinates
+    fontsize: float = 8,  # points
 ):
     "Write each label at the first spot around its point where it covers no other label and no marker; returns the texts"
     ax.figure.draw_without_rendering()  # the layout must be settled before anything can be measured
@@ -139,14 +158,37 @@ def place_labels(
     boxes, texts = [], []
     for label, xy in points.items():
         for dx, dy in _free_spots():
-            text = ax.annotate(label, xy, (dx, dy), textcoords='offset points', fontsize=fontsize, va='center',
-                               ha='left' if dx > .1 else 'right' if dx < -.1 else 'center')
+            text = ax.annotate(
+                label,
+                xy,
+                (dx, dy),
+                textcoords='offset points',
+                fontsize=fontsize,
+                va='center',
+                ha='left' if dx > 0.1 else 'right' if dx < -0.1 else 'center',
+            )
             box = text.get_window_extent().padded(2)
             hits = any(box.overlaps(b) for b in boxes) or any(box.padded(3).contains(*m) for m in marks)
-            if not hits and frame.containsx(box.x0) and frame.containsx(box.x1) and frame.y0 < box.y0 < box.y1 < frame.y1: break
+            if (
+                not hits
+                and frame.containsx(box.x0)
+                and frame.containsx(box.x1)
+                and frame.y0 < box.y0 < box.y1 < frame.y1
+            ):
+                break
             text.remove()
-        else: text = ax.annotate(label, xy, (4, 4), textcoords='offset points', fontsize=fontsize)  # no room anywhere: covered is better than missing
-        texts.append(text); boxes.append(text.get_window_extent())
+        else:
+            text = ax.annotate(
+                label, xy, (4, 4), textcoords='offset points', fontsize=fontsize
+            )  # no room anywhere: covered is better than missing
+        texts.append(text)
+        boxes.append(text.get_window_extent())
         if np.hypot(dx, dy) > 16:  # far away: a thin line says whose name this is
-            ax.annotate('', xy, (dx, dy), textcoords='offset points', arrowprops=dict(arrowstyle='-', lw=.5, color='.5', shrinkB=3))
+            ax.annotate(
+                '',
+                xy,
+                (dx, dy),
+                textcoords='offset points',
+                arrowprops=dict(arrowstyle='-', lw=0.5, color='.5', shrinkB=3),
+            )
     return texts

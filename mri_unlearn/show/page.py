@@ -16,8 +16,27 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from ..machinery.disk import atomic_path
 from .figures import save_figure
-from .plots import oracle_band, plot_gap_plane, plot_knowledge_matrix, plot_retain_fraction, plot_trace, tested
-from .report import COLUMNS, NAMES, SHORT, _simulated, _splits, headline, network_names, provenance, read_run, summary_table, to_markdown
+from mri_unlearn.show.plots import (
+    oracle_band,
+    plot_gap_plane,
+    plot_knowledge_matrix,
+    plot_retain_fraction,
+    plot_trace,
+    tested,
+)
+from mri_unlearn.show.report import (
+    COLUMNS,
+    NAMES,
+    SHORT,
+    _simulated,
+    _splits,
+    headline,
+    network_names,
+    provenance,
+    read_run,
+    summary_table,
+    to_markdown,
+)
 from ..verdict.evaluate import oracle_spread
 from ..verdict.names import KEYS
 
@@ -26,41 +45,49 @@ FIGURES = {
     'data': 'Examples of the data, fully sampled.',
     'masks': 'Which phase-encoding lines were measured (white).',
     'knowledge_matrix': 'Shared knowledge: PSNR of a network trained on the row and tested on the column, with the difference to '
-                        'the network trained on that column.',
+    'the network trained on that column.',
     'gap_plane': 'Each network by its two gaps to the Oracle. The target is the star at the origin; green is what counts as '
-                 'equal. Axes are linear near 0 and logarithmic further out where distances demand it.',
+    'equal. Axes are linear near 0 and logarithmic further out where distances demand it.',
     'verdicts': 'Gaps to the Oracle with the intervals of the equivalence test over patients; the grey band is the margin.',
     'retain_fraction': 'Gap to the Oracle against the share of the retain data that a method may use.',
     'trace': 'PSNR over the epochs of unlearning; dashed: the level of the Oracle. The reported epoch was fixed beforehand.',
     'reconstructions_retain': 'Reconstructions of a retain test slice and their errors, all errors on one scale.',
     'reconstructions_forget': 'Reconstructions of a forget test slice and their errors, all errors on one scale.',
-    'differences_retain': 'A retain test slice: how the image of each network differs from an Oracle\'s; another Oracle shows what the seed alone does.',
+    'differences_retain': "A retain test slice: how the image of each network differs from an Oracle's; another Oracle shows what the seed alone does.",
     'differences_forget': 'The same for a forget test slice.',
     'losses': 'Training and validation loss of the networks.',
 }
 
 # %% ../../nbs/73_show.page.ipynb #1ee0eb5e
 def write_figures(
-    run_dir, # folder of a run
-    retain_fraction:float=None, # 0 to 1; where a method was run at several, the nearest is shown; default: that of the run's settings
-)->list:
+    run_dir,  # folder of a run
+    retain_fraction: float = None,  # 0 to 1; where a method was run at several, the nearest is shown; default: that of the run's settings
+) -> list:
     "Draw what follows from a run's tables into its folder `figures`; returns the paths written. DataError as `read_run`"
     run = read_run(run_dir)
     title = 'simulated data' if _simulated(run) else ''
-    if retain_fraction is None: retain_fraction = (run.config.get('settings') or {}).get('fraction', .1)
+    if retain_fraction is None:
+        retain_fraction = (run.config.get('settings') or {}).get('fraction', 0.1)
     oracle = run.summary[run.summary.model.eq('oracle')][['retain_psnr', 'forget_psnr']].mean()
     level = {'retain': oracle.retain_psnr, 'forget': oracle.forget_psnr} if oracle.notna().all() else None
     figs = {'gap_plane': plot_gap_plane(run.summary, retain_fraction, title)}
-    if run.matrix is not None: figs['knowledge_matrix'] = plot_knowledge_matrix(run.matrix, title)
-    if run.trace is not None: figs['trace'] = plot_trace(run.trace[run.trace.seed.eq(0)] if 'seed' in run.trace else run.trace, level, retain_fraction, title=title)
+    if run.matrix is not None:
+        figs['knowledge_matrix'] = plot_knowledge_matrix(run.matrix, title)
+    if run.trace is not None:
+        figs['trace'] = plot_trace(
+            run.trace[run.trace.seed.eq(0)] if 'seed' in run.trace else run.trace, level, retain_fraction, title=title
+        )
     tried = run.summary[run.summary.model.eq('unlearned') & (run.summary.retain_fraction > 0)]
-    if (tried.groupby('method').retain_fraction.nunique() > 1).any(): figs['retain_fraction'] = plot_retain_fraction(run.summary, title)
-    paths = [run.path/'figures'/f'{name}.png' for name in figs]
-    for path, fig in zip(paths, figs.values()): save_figure(fig, path)
+    if (tried.groupby('method').retain_fraction.nunique() > 1).any():
+        figs['retain_fraction'] = plot_retain_fraction(run.summary, title)
+    paths = [run.path / 'figures' / f'{name}.png' for name in figs]
+    for path, fig in zip(paths, figs.values()):
+        save_figure(fig, path)
     return paths
 
 # %% ../../nbs/73_show.page.ipynb #be8bcbea
-TEMPLATES = {'style': '''
+TEMPLATES = {
+    'style': """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 74rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: .6em 0 .3em; } h2 { font-size: 1.25rem; margin: 2em 0 .4em; padding-top: .6em; border-top: 1px solid #ccc; }
@@ -75,40 +102,41 @@ figure { margin: 1.5em 0; } figure img { max-width: 100%; height: auto; } figcap
 @media print { @page { margin: 14mm; } body { font-size: 10pt; max-width: none; padding: 0; } .scroll { overflow: visible; }
   table { font-size: 7pt; } th, td { padding: .2em .35em; } td.v { min-width: 6.5rem; } thead { display: table-header-group; }
   tr, figure { break-inside: avoid; } h2 { break-after: avoid; } }
-'''}
+"""
+}
 
 # %% ../../nbs/73_show.page.ipynb #82b7fceb
-TEMPLATES['table'] = '''{% macro table(head, rows, words, classes=none) %}
+TEMPLATES['table'] = """{% macro table(head, rows, words, classes=none) %}
 <div class="scroll"><table><thead><tr>{% for h in head %}<th scope="col"{% if h in words %} class="w"{% endif %}>{{ h }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr{% if classes %} class="{{ classes[loop.index0] }}"{% endif %}>{% for cell in row %}<td
 {%- if head[loop.index0] in words %} class="w{{ ' v' if head[loop.index0] == 'verdict' }}"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endmacro %}'''
+{% endfor %}</tbody></table></div>{% endmacro %}"""
 
-TEMPLATES['asked'] = '''<h2 id="asked">What was asked</h2>
+TEMPLATES['asked'] = """<h2 id="asked">What was asked</h2>
 <dl><dt>Data to be forgotten</dt><dd><code>{{ request.query }}</code></dd>
 <dt>Reason given</dt><dd>{{ request.reason or 'none was recorded' }}</dd></dl>
 <p>A reconstruction network (the Original) had been trained on all of the data. The influence of the data above was to be removed
 without training again from scratch, while its quality on everything else was to stay. The yardstick is the Oracle, a network
 trained from scratch without that data{% if seeds %} ({{ seeds }} of them here, which differ in their seed){% endif %}. The target is a difference of 0 to the Oracle on both sides:
-on what is kept, and on what is forgotten.</p>'''
+on what is kept, and on what is forgotten.</p>"""
 
 # %% ../../nbs/73_show.page.ipynb #5d7af37c
-TEMPLATES['data'] = '''<h2 id="data">The data</h2>
+TEMPLATES['data'] = """<h2 id="data">The data</h2>
 <p>{% if simulated %}<strong>All data of this run are simulated.</strong> No person was scanned; nothing below is a finding about patients.
 {%- elif simulated is none %}The run did not record whether its data are simulated or measured.
 {%- else %}The data are files given by the user.{% endif %} {{ provenance[:1]|upper }}{{ provenance[1:] }}</p>
 {% if splits %}<p>The split is by patient: nobody stands on two sides of it.</p>{{ t.table(splits.head, splits.rows, ['split', 'organ']) }}{% else %}<p>Sizes of the splits were not recorded. Volumes that were scored:</p>{% endif %}
 {% if not splits %}{{ t.table(scored.head, scored.rows, ['split', 'organ']) }}{% endif %}
-{{ figures(['data', 'masks']) }}'''
+{{ figures(['data', 'masks']) }}"""
 
-TEMPLATES['shared'] = '''<h2 id="shared">What the two sides share</h2>
+TEMPLATES['shared'] = """<h2 id="shared">What the two sides share</h2>
 {% if matrix %}<p>What a network knows about data it never saw is not to be unlearned; it is the floor. Each row is a network, each
 pair of columns what it was tested on: PSNR (mean over volumes ± standard deviation), and the difference to the network trained on that data.</p>
 {{ t.table(matrix.head, matrix.rows, ['trained on']) }}{% if share %}<p>{{ share }}</p>{% endif %}{{ figures(['knowledge_matrix']) }}
-{% else %}<p>This run did not measure it.</p>{% endif %}'''
+{% else %}<p>This run did not measure it.</p>{% endif %}"""
 
 # %% ../../nbs/73_show.page.ipynb #e77aa662
-TEMPLATES['verdict'] = '''<h2 id="result">The result</h2>
+TEMPLATES['verdict'] = """<h2 id="result">The result</h2>
 <p>The verdict follows from a rule fixed beforehand. {% if tested %}A network <em>passes</em> a side when two one-sided t-tests over patients (level 5 %) show
 that its mean difference to the Oracles lies within a margin. The margin is where one more Oracle would be expected in 19 of 20 cases, at least {{ tolerance }} dB
 and at most 1 dB: here {{ margins }}. Slices and volumes of one patient count once. A network that passes both sides is <em>at the oracle</em>; if its images on
@@ -123,29 +151,29 @@ seeds ({{ band }}) or {{ tolerance }} dB, whichever is more; a network with both
 {{ t.table(result.head, result.rows, ['network', 'verdict'], result.classes) }}
 <p class="note">Nearest to the Oracle first. Grey rows are references and controls; green rows are at the oracle. Empty cells do not apply.</p>
 <h3>What the columns mean</h3>{{ t.table(['column', 'meaning', 'good'], meanings, ['column', 'meaning', 'good']) }}
-{{ figures(['gap_plane', 'verdicts', 'retain_fraction', 'trace', 'reconstructions_retain', 'reconstructions_forget', 'differences_retain', 'differences_forget']) }}'''
+{{ figures(['gap_plane', 'verdicts', 'retain_fraction', 'trace', 'reconstructions_retain', 'reconstructions_forget', 'differences_retain', 'differences_forget']) }}"""
 
-TEMPLATES['invented'] = '''<h2 id="invented">What is invented</h2>
+TEMPLATES['invented'] = """<h2 id="invented">What is invented</h2>
 {% if invented %}<p>A network fills in what was not measured from what it has seen. Two checks ask whether it fills in what it should have forgotten. <em>Planted</em>: in
 an experiment of its own, a pattern was drawn into all forget volumes, in lines of k-space that the sampling mask never takes, so that it can only
 come from memory. In how many retain test patients does a network show it, beyond the highest value that one Oracle reaches by chance, and beyond a score of 0.1? (With its exact 95 % interval, and
 the probability of a difference as large as that to another Oracle by chance.) <em>Null-space error</em>: the energy of that part of the error which the measured data
 cannot contradict, relative to the object's.</p>{{ t.table(invented.head, invented.rows, ['network']) }}
-{% else %}<p>This run did not measure it: the files do not tell what is behind their k-space.</p>{% endif %}'''
+{% else %}<p>This run did not measure it: the files do not tell what is behind their k-space.</p>{% endif %}"""
 
-TEMPLATES['checks'] = '''<h2 id="checks">Who pays, and what stays</h2>
+TEMPLATES['checks'] = """<h2 id="checks">Who pays, and what stays</h2>
 {% if collateral is none %}<p>This run did not look at groups.</p>{% elif collateral %}<p>Groups of patients in which a network is shown to differ from the Oracle by more than the margin (corrected for {{ groups }}
 comparisons a network, Holm):</p>{{ t.table(collateral.head, collateral.rows, ['network', 'side', 'group']) }}
 {% else %}<p>In no group of patients (by pulse sequence, site and, where they are known, lesions) was a network shown to differ from the Oracle by more than the margin.</p>{% endif %}
 {% if memory is none %}{% elif memory %}<p>Networks that are better on the forget volumes that were trained on than on others, beyond what the Oracles show:</p>{{ t.table(memory.head, memory.rows, ['network']) }}
-{% else %}<p>No network was shown to be better on the forget volumes that were trained on than on others, beyond what the Oracles show.</p>{% endif %}'''
+{% else %}<p>No network was shown to be better on the forget volumes that were trained on than on others, beyond what the Oracles show.</p>{% endif %}"""
 
-TEMPLATES['cost'] = '''<h2 id="cost">What it cost</h2>
+TEMPLATES['cost'] = """<h2 id="cost">What it cost</h2>
 {% if cost.rows %}<p>Slices that went forward and backward, relative to training one Oracle, and time on the machine of this run.</p>
-{{ t.table(cost.head, cost.rows, ['network']) }}{% else %}<p>No cost was recorded.</p>{% endif %}'''
+{{ t.table(cost.head, cost.rows, ['network']) }}{% else %}<p>No cost was recorded.</p>{% endif %}"""
 
 # %% ../../nbs/73_show.page.ipynb #11bd9c04
-TEMPLATES['limits'] = '''<h2 id="limits">What was not proven</h2><ul>
+TEMPLATES['limits'] = """<h2 id="limits">What was not proven</h2><ul>
 <li>This is an empirical check, not a certificate. Where a network was found close to the Oracle, it was found so on these test volumes;
 no theorem bounds what its weights still hold.</li>
 <li>No claim about privacy is made. Whether somebody could tell from the network that a given patient was in the training data was not
@@ -155,14 +183,14 @@ vanishes hardly moves them.</li>
 <li>{% if seeds > 1 %}The band of the Oracle comes from {{ seeds }} seeds, which is a rough estimate of its spread.
 {%- else %}There are fewer than two Oracles, so the spread of the Oracle is unknown, and with it the resolution of every gap.{% endif %}</li>
 {% if simulated %}<li>The data are simulated. How the methods rank on measured data may differ.</li>{% endif %}
-<li>The data themselves, backups, and other networks trained on them are not touched by this run.</li></ul>'''
+<li>The data themselves, backups, and other networks trained on them are not touched by this run.</li></ul>"""
 
-TEMPLATES['settings'] = '''<h2 id="settings">Settings, versions, seeds</h2>
+TEMPLATES['settings'] = """<h2 id="settings">Settings, versions, seeds</h2>
 <p>Revision of the code: <code>{{ revision or 'not recorded' }}</code>. Everything that was set:</p>
-{{ t.table(['setting', 'value'], settings, ['setting', 'value']) }}'''
+{{ t.table(['setting', 'value'], settings, ['setting', 'value']) }}"""
 
 # %% ../../nbs/73_show.page.ipynb #18b74de0
-TEMPLATES['page'] = '''{% import 'table' as t %}{% macro figures(names) %}{% for f in images if f.name in names %}
+TEMPLATES['page'] = """{% import 'table' as t %}{% macro figures(names) %}{% for f in images if f.name in names %}
 <figure><img src="data:image/png;base64,{{ f.data }}" width="{{ f.width }}" alt="{{ f.caption }}"><figcaption>{{ f.caption }}</figcaption></figure>
 {% endfor %}{% endmacro %}<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -173,26 +201,42 @@ TEMPLATES['page'] = '''{% import 'table' as t %}{% macro figures(names) %}{% for
 {% for section in ['asked', 'data', 'shared', 'verdict', 'invented', 'checks', 'cost', 'limits', 'settings'] %}<section>{% include section %}</section>
 {% endfor %}{% if others %}<section><h2 id="figures">Further figures</h2>{{ figures(others) }}</section>{% endif %}
 </body></html>
-'''
+"""
 
 # %% ../../nbs/73_show.page.ipynb #836098b6
 def _flat(x, key=''):
     "A nested setting as (dotted name, value as text) pairs"
-    if isinstance(x, dict): return [p for k, v in x.items() for p in _flat(v, f'{key}.{k}' if key else str(k))]
-    if isinstance(x, list) and any(isinstance(v, dict) for v in x): return [p for i, v in enumerate(x) for p in _flat(v, f'{key}[{i}]')]
+    if isinstance(x, dict):
+        return [p for k, v in x.items() for p in _flat(v, f'{key}.{k}' if key else str(k))]
+    if isinstance(x, list) and any(isinstance(v, dict) for v in x):
+        return [p for i, v in enumerate(x) for p in _flat(v, f'{key}[{i}]')]
     return [(key, ', '.join(map(str, x)) if isinstance(x, list) else 'none' if x is None else str(x))]
+
 
 def _frame(df):
     "A frame of cells as the template's `head` and `rows`, empty where there is no value"
-    return SimpleNamespace(head=list(df.columns), rows=[['' if pd.isna(c) else c for c in row] for row in df.itertuples(index=False)])
+    return SimpleNamespace(
+        head=list(df.columns), rows=[['' if pd.isna(c) else c for c in row] for row in df.itertuples(index=False)]
+    )
+
 
 def _images(run):
     "The run's figures with caption and content, known names first and in their order"
     known = list(FIGURES)
     paths = sorted(run.figures, key=lambda p: (known.index(p.stem) if p.stem in known else len(known), p.stem))
-    width = lambda png: int.from_bytes(png[16:20], 'big')*96//144  # 144 dots an inch in `save_figure`, 96 in CSS
-    return [SimpleNamespace(name=p.stem, caption=FIGURES.get(p.stem, p.stem.replace('_', ' ')), width=width(p.read_bytes()),
-                            data=base64.b64encode(p.read_bytes()).decode()) for p in paths]
+
+    def width(png):
+        return int.from_bytes(png[16:20], 'big') * 96 // 144  # 144 dots an inch in `save_figure`, 96 in CSS
+
+    return [
+        SimpleNamespace(
+            name=p.stem,
+            caption=FIGURES.get(p.stem, p.stem.replace('_', ' ')),
+            width=width(p.read_bytes()),
+            data=base64.b64encode(p.read_bytes()).decode(),
+        )
+        for p in paths
+    ]
 
 # %% ../../nbs/73_show.page.ipynb #6a5aceb0
 def _matrix(df):
@@ -204,9 +248,12 @@ def _matrix(df):
             own = df.psnr[df.trained_on.eq(x.tested_on) & df.tested_on.eq(x.tested_on)].mean()
             spread = '' if math.isnan(x.psnr_sd) else f' ± {x.psnr_sd:.1f}'
             row[f'{x.tested_on}, PSNR dB'] = f'{x.psnr:.1f}{spread}'
-            row[f'{x.tested_on}, difference dB'] = '' if math.isnan(own) or r == x.tested_on else f'{x.psnr - own:+.1f}'.replace('-', '−')
+            row[f'{x.tested_on}, difference dB'] = (
+                '' if math.isnan(own) or r == x.tested_on else f'{x.psnr - own:+.1f}'.replace('-', '−')
+            )
         rows.append(row)
     return pd.DataFrame(rows)
+
 
 def _cost(summary):
     "Work and time of the Oracle and of each method, cheapest first; networks without either are left out"
@@ -219,72 +266,164 @@ def _cost(summary):
 def _invented(extra):
     "Planted structure and null-space errors as a frame of strings; None where they were not measured"
     h = extra.hallucination
-    if h is None or not len(h): return None
+    if h is None or not len(h):
+        return None
     h = h[h.model.ne('target')]
-    row = lambda r: {'network': r['name'], 'planted: patients': '' if pd.isna(r.get('planted_rate')) else f"{round(r['planted_rate']*r['planted_patients'])} of {r['planted_patients']:.0f}",
-        'interval': '' if pd.isna(r.get('planted_rate')) else f"{r['planted_low']:.0%} to {r['planted_high']:.0%}", 'p': '' if pd.isna(r.get('planted_p')) else f"{r['planted_p']:.2g}",
-        'strength': '' if pd.isna(r.get('planted_strength')) else f"{r['planted_strength']:.2f}".replace('-', '−'),
-        'null-space error, retain': f"{r['null_retain']:.2%}" if r['null_retain'] == r['null_retain'] else '', 'null-space error, forget': f"{r['null_forget']:.2%}" if r['null_forget'] == r['null_forget'] else ''}
+
+    def row(r):
+        return {
+            'network': r['name'],
+            'planted: patients': ''
+            if pd.isna(r.get('planted_rate'))
+            else f'{round(r["planted_rate"] * r["planted_patients"])} of {r["planted_patients"]:.0f}',
+            'interval': '' if pd.isna(r.get('planted_rate')) else f'{r["planted_low"]:.0%} to {r["planted_high"]:.0%}',
+            'p': '' if pd.isna(r.get('planted_p')) else f'{r["planted_p"]:.2g}',
+            'strength': '' if pd.isna(r.get('planted_strength')) else f'{r["planted_strength"]:.2f}'.replace('-', '−'),
+            'null-space error, retain': f'{r["null_retain"]:.2%}' if r['null_retain'] == r['null_retain'] else '',
+            'null-space error, forget': f'{r["null_forget"]:.2%}' if r['null_forget'] == r['null_forget'] else '',
+        }
+
     return pd.DataFrame([row(r) for r in h.assign(name=network_names(h)).to_dict('records')])
+
 
 def _alarms(extra):
     "Groups with an alarm, networks that hold memories, and how many groups were compared; None where it was not looked"
     c, m = extra.collateral, extra.memory
-    gap = lambda x: f'{x:+.2f}'.replace('-', '−')
+
+    def gap(x):
+        return f'{x:+.2f}'.replace('-', '−')
+
     if c is not None:
         bad = c[c.alarm.eq('True')]
-        groups = pd.DataFrame(dict(network=network_names(bad), side=bad.side, group=bad.by + ' ' + bad.group, **{'gap, dB': bad.gap_db.map(gap), 'margin, dB': bad.margin_db.map('{:.2f}'.format),
-                                   'patients': bad.patients.astype(int), 'p': bad.p_holm.map('{:.1g}'.format)})) if len(bad) else []
+        groups = (
+            pd.DataFrame(
+                dict(
+                    network=network_names(bad),
+                    side=bad.side,
+                    group=bad.by + ' ' + bad.group,
+                    **{
+                        'gap, dB': bad.gap_db.map(gap),
+                        'margin, dB': bad.margin_db.map('{:.2f}'.format),
+                        'patients': bad.patients.astype(int),
+                        'p': bad.p_holm.map('{:.1g}'.format),
+                    },
+                )
+            )
+            if len(bad)
+            else []
+        )
     if m is not None:
         bad = m[m.flagged.eq('True')]
-        memory = pd.DataFrame(dict(network=network_names(bad), **{'better by, dB': bad.memory_db.map(gap), 'p': bad.p.map('{:.1g}'.format)})) if len(bad) else []
-    frame = lambda x: x if x is None or not len(x) else _frame(x)
-    return dict(collateral=None if c is None else frame(groups), memory=None if m is None else frame(memory), groups=0 if c is None or not len(c) else int(c.groupby(KEYS, dropna=False).size().max()))
+        memory = (
+            pd.DataFrame(
+                dict(
+                    network=network_names(bad),
+                    **{'better by, dB': bad.memory_db.map(gap), 'p': bad.p.map('{:.1g}'.format)},
+                )
+            )
+            if len(bad)
+            else []
+        )
+
+    def frame(x):
+        return x if x is None or not len(x) else _frame(x)
+
+    return dict(
+        collateral=None if c is None else frame(groups),
+        memory=None if m is None else frame(memory),
+        groups=0 if c is None or not len(c) else int(c.groupby(KEYS, dropna=False).size().max()),
+    )
+
 
 def _share_said(extra):
     "One sentence on how much of the forget set's score the Oracle has by itself; empty where it is not known"
     s = extra.shared
     s = s[s.group.eq('all')] if s is not None else []
-    if not len(s) or pd.isna(s.share.iloc[0]): return ''
+    if not len(s) or pd.isna(s.share.iloc[0]):
+        return ''
     r = s.iloc[0]
-    between = f' (95 % interval {100*r.low:.0f} to {100*r.high:.0f} %)' if r.low == r.low else ''
-    return (f'From the zero-filled image ({r.zero_filled:.1f} dB) the Original gains {r.trained - r.zero_filled:+.1f} dB on the forget volumes, the Oracle, which never saw their like, '
-            f'{r.oracle - r.zero_filled:+.1f} dB: {100*r.share:.0f} % of it{between}.').replace('+-', '−').replace(' -', ' −')
+    between = f' (95 % interval {100 * r.low:.0f} to {100 * r.high:.0f} %)' if r.low == r.low else ''
+    return (
+        (
+            f'From the zero-filled image ({r.zero_filled:.1f} dB) the Original gains {r.trained - r.zero_filled:+.1f} dB on the forget volumes, the Oracle, which never saw their like, '
+            f'{r.oracle - r.zero_filled:+.1f} dB: {100 * r.share:.0f} % of it{between}.'
+        )
+        .replace('+-', '−')
+        .replace(' -', ' −')
+    )
+
 
 def _over_seeds(extra):
     "Means over the seeds of each method, as strings; None where there is one seed"
     o = extra.over_seeds
-    if o is None or not len(o): return None
-    return pd.DataFrame([{'method': r.method, 'retain data': f'{100*r.retain_fraction:.3g} %', 'runs': f'{r.seeds:.0f}', 'retain gap, dB': f'{r.gap_retain_mean:+.2f}'.replace('-', '−'),
-                          'forget gap, dB': f'{r.gap_forget_mean:+.2f}'.replace('-', '−'), 'pass both': f'{r.pass_both:.0f} of {r.seeds:.0f}', 'cost': f'{r.cost_ratio:.3f}'} for r in o.itertuples()])
+    if o is None or not len(o):
+        return None
+    return pd.DataFrame(
+        [
+            {
+                'method': r.method,
+                'retain data': f'{100 * r.retain_fraction:.3g} %',
+                'runs': f'{r.seeds:.0f}',
+                'retain gap, dB': f'{r.gap_retain_mean:+.2f}'.replace('-', '−'),
+                'forget gap, dB': f'{r.gap_forget_mean:+.2f}'.replace('-', '−'),
+                'pass both': f'{r.pass_both:.0f} of {r.seeds:.0f}',
+                'cost': f'{r.cost_ratio:.3f}',
+            }
+            for r in o.itertuples()
+        ]
+    )
 
 # %% ../../nbs/73_show.page.ipynb #8288cb1c
 def _context(run, tolerance_db):
     "Everything that the page shows, as plain values"
-    table, images, seeds = summary_table(run.summary, tolerance_db), _images(run), int(run.summary.model.eq('oracle').sum())
+    table, images, seeds = (
+        summary_table(run.summary, tolerance_db),
+        _images(run),
+        int(run.summary.model.eq('oracle').sum()),
+    )
     result = _frame(table)
     base = table.network.str.startswith(('control', *NAMES.values()))
     result.classes = ['base' if b else 'good' if v == 'at the oracle' else '' for b, v in zip(base, table.verdict)]
     scored = run.results.groupby(['split', 'organ'], sort=False).volume.nunique().rename('volumes').reset_index()
     margins = oracle_band(run.summary) if tested(run.summary) else None
     made, over = _invented(run.extra), _over_seeds(run.extra)
-    wide = ' on retain, '.join(f'{oracle_spread(run.summary, side):.2f} dB' for side in ('retain', 'forget')) + ' on forget'
-    return dict(name=run.config.get('name') or run.path.name, request={'reason': '', **run.config['request']}, headline=headline(run.summary, tolerance_db),
-                simulated=_simulated(run), provenance=provenance(run), splits=_frame(_splits(run.volumes)) if run.volumes is not None else None,
-                judged_on=run.summary.get('forget_split', pd.Series([''])).iloc[0],
-                scored=_frame(scored), matrix=_frame(_matrix(run.matrix)) if run.matrix is not None else None, result=result,
-                band=wide if seeds > 1 else 'unknown: that takes two seeds', tolerance=f'{tolerance_db:g}', meanings=[(c.heading, c.meaning, c.good) for c in COLUMNS if c.heading in table],
-                cost=_frame(_cost(run.summary)), seeds=seeds, images=images,
-                tested=tested(run.summary), margins=f"{margins['retain']:.2f} dB on retain, {margins['forget']:.2f} dB on forget" if margins else '',
-                invented=_frame(made) if made is not None else None, seeds_table=_frame(over) if over is not None else None, share=_share_said(run.extra), **_alarms(run.extra),
-                others=[i.name for i in images if i.name not in FIGURES or i.name == 'losses'], revision=run.config.get('git_revision'),
-                settings=_flat({k: v for k, v in run.config.items() if k not in ('request', 'git_revision')}))
+    wide = (
+        ' on retain, '.join(f'{oracle_spread(run.summary, side):.2f} dB' for side in ('retain', 'forget'))
+        + ' on forget'
+    )
+    return dict(
+        name=run.config.get('name') or run.path.name,
+        request={'reason': '', **run.config['request']},
+        headline=headline(run.summary, tolerance_db),
+        simulated=_simulated(run),
+        provenance=provenance(run),
+        splits=_frame(_splits(run.volumes)) if run.volumes is not None else None,
+        judged_on=run.summary.get('forget_split', pd.Series([''])).iloc[0],
+        scored=_frame(scored),
+        matrix=_frame(_matrix(run.matrix)) if run.matrix is not None else None,
+        result=result,
+        band=wide if seeds > 1 else 'unknown: that takes two seeds',
+        tolerance=f'{tolerance_db:g}',
+        meanings=[(c.heading, c.meaning, c.good) for c in COLUMNS if c.heading in table],
+        cost=_frame(_cost(run.summary)),
+        seeds=seeds,
+        images=images,
+        tested=tested(run.summary),
+        margins=f'{margins["retain"]:.2f} dB on retain, {margins["forget"]:.2f} dB on forget' if margins else '',
+        invented=_frame(made) if made is not None else None,
+        seeds_table=_frame(over) if over is not None else None,
+        share=_share_said(run.extra),
+        **_alarms(run.extra),
+        others=[i.name for i in images if i.name not in FIGURES or i.name == 'losses'],
+        revision=run.config.get('git_revision'),
+        settings=_flat({k: v for k, v in run.config.items() if k not in ('request', 'git_revision')}),
+    )
 
 # %% ../../nbs/73_show.page.ipynb #a8e81d1c
 def write_report(
-    run_dir, # folder of a run: config.json, results.csv, summary.csv and, if there, trace.csv, matrix.csv, figures/*.png
-    tolerance_db:float=.3, # for the verdicts, dB
-)->Path:
+    run_dir,  # folder of a run: config.json, results.csv, summary.csv and, if there, trace.csv, matrix.csv, figures/*.png
+    tolerance_db: float = 0.3,  # for the verdicts, dB
+) -> Path:
     """Write report.html (one file that needs no other) and table.md into `run_dir`; returns the path of report.html.
 
     Nothing but the run's files goes in, no clock and no machine: the same run gives the same bytes. DataError for a
@@ -294,6 +433,8 @@ def write_report(
     html = page.get_template('page').render(_context(run, tolerance_db))
     table, kspace = summary_table(run.summary, tolerance_db), provenance(run)
     table = to_markdown(table, [c for c in SHORT if c in table])
-    with atomic_path(run.path/'table.md') as tmp: tmp.write_text(table + (f'\n*{kspace}*\n' if kspace else ''), encoding='utf-8')
-    with atomic_path(run.path/'report.html') as tmp: tmp.write_text(html, encoding='utf-8')
-    return run.path/'report.html'
+    with atomic_path(run.path / 'table.md') as tmp:
+        tmp.write_text(table + (f'\n*{kspace}*\n' if kspace else ''), encoding='utf-8')
+    with atomic_path(run.path / 'report.html') as tmp:
+        tmp.write_text(html, encoding='utf-8')
+    return run.path / 'report.html'

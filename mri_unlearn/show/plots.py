@@ -19,41 +19,51 @@ from .figures import _panel, new_axes, place_labels
 def _knowledge_cells(df):
     "Rows, columns and two tables [rows, columns]: PSNR, and PSNR minus that of the network trained on that column"
     cols = list(dict.fromkeys(df.tested_on))
-    rows = sorted(dict.fromkeys(df.trained_on), key=lambda r: (cols.index(r) if r in cols else len(cols)))
+    rows = sorted(dict.fromkeys(df.trained_on), key=lambda r: cols.index(r) if r in cols else len(cols))
     psnr = df.pivot_table('psnr', 'trained_on', 'tested_on').reindex(index=rows, columns=cols)
     own = pd.Series({c: psnr.loc[c, c] if c in rows else np.nan for c in cols})
     return rows, cols, psnr, psnr - own
 
 # %% ../../nbs/71_show.plots.ipynb #29d62252
 def plot_knowledge_matrix(
-    df:pd.DataFrame, # columns trained_on, tested_on, psnr (dB, mean over volumes) and, if there, psnr_sd (dB)
-    title:str='', # what the data were
-    ax=None, # axes to draw on
-)->Figure:
+    df: pd.DataFrame,  # columns trained_on, tested_on, psnr (dB, mean over volumes) and, if there, psnr_sd (dB)
+    title: str = '',  # what the data were
+    ax=None,  # axes to draw on
+) -> Figure:
     "Trained on (rows) against tested on (columns): PSNR, and the difference to the network trained on that organ"
     rows, cols, psnr, diff = _knowledge_cells(df)
-    sd = df.pivot_table('psnr_sd', 'trained_on', 'tested_on').reindex(index=rows, columns=cols) if 'psnr_sd' in df else None
-    ax = _panel(ax, (1.2 + 1.5*len(cols), .8 + .65*len(rows)))
-    span = max(np.nanmax(np.abs(diff.to_numpy()), initial=0), .5)
-    ax.imshow(diff.fillna(0).to_numpy(), cmap='RdBu', vmin=-1.6*span, vmax=1.6*span, aspect='auto')
+    sd = (
+        df.pivot_table('psnr_sd', 'trained_on', 'tested_on').reindex(index=rows, columns=cols)
+        if 'psnr_sd' in df
+        else None
+    )
+    ax = _panel(ax, (1.2 + 1.5 * len(cols), 0.8 + 0.65 * len(rows)))
+    span = max(np.nanmax(np.abs(diff.to_numpy()), initial=0), 0.5)
+    ax.imshow(diff.fillna(0).to_numpy(), cmap='RdBu', vmin=-1.6 * span, vmax=1.6 * span, aspect='auto')
     for i, r in enumerate(rows):
         for j, c in enumerate(cols):
-            if np.isnan(psnr.loc[r, c]): ax.text(j, i, 'not tested', ha='center', va='center', fontsize=8); continue
+            if np.isnan(psnr.loc[r, c]):
+                ax.text(j, i, 'not tested', ha='center', va='center', fontsize=8)
+                continue
             spread = f' ± {sd.loc[r, c]:.1f}' if sd is not None and not np.isnan(sd.loc[r, c]) else ''
             own = 'trained on it' if r == c else f'{diff.loc[r, c]:+.1f} dB'
-            if c not in rows: own = ''
-            ax.text(j, i - .13, f'{psnr.loc[r, c]:.1f}{spread} dB', ha='center', va='center', fontsize=10)
-            ax.text(j, i + .24, own.replace('-', '−'), ha='center', va='center', fontsize=8)
-    ax.set_xticks(range(len(cols)), cols); ax.set_yticks(range(len(rows)), rows)
-    ax.set_xlabel('tested on'); ax.set_ylabel('trained on'); ax.set_title(title, fontsize=9)
+            if c not in rows:
+                own = ''
+            ax.text(j, i - 0.13, f'{psnr.loc[r, c]:.1f}{spread} dB', ha='center', va='center', fontsize=10)
+            ax.text(j, i + 0.24, own.replace('-', '−'), ha='center', va='center', fontsize=8)
+    ax.set_xticks(range(len(cols)), cols)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xlabel('tested on')
+    ax.set_ylabel('trained on')
+    ax.set_title(title, fontsize=9)
     ax.tick_params(length=0)
     return ax.figure
 
 # %% ../../nbs/71_show.plots.ipynb #21499e06
 def one_per_method(
-    summary:pd.DataFrame, # with columns model, method, retain_fraction and numbers
-    retain_fraction:float=.1, # 0 to 1; each method's nearest one is taken, for those that use no retain data any
-)->pd.DataFrame:
+    summary: pd.DataFrame,  # with columns model, method, retain_fraction and numbers
+    retain_fraction: float = 0.1,  # 0 to 1; each method's nearest one is taken, for those that use no retain data any
+) -> pd.DataFrame:
     "One row a network: the seeds' mean, and for each method the retain fraction nearest to the one asked for"
     s = summary.copy()
     s['name'] = s.method.where(s.method.fillna('').ne(''), s.model)
@@ -64,8 +74,8 @@ def one_per_method(
 
 # %% ../../nbs/71_show.plots.ipynb #f1621ac2
 def with_gaps(
-    summary:pd.DataFrame, # rows with model, retain_psnr, forget_psnr in dB; gap_retain_db, gap_forget_db may be empty or missing
-)->pd.DataFrame:
+    summary: pd.DataFrame,  # rows with model, retain_psnr, forget_psnr in dB; gap_retain_db, gap_forget_db may be empty or missing
+) -> pd.DataFrame:
     "A copy whose empty gaps are filled: PSNR minus the mean PSNR of the Oracle's seeds"
     s = summary.copy()
     for side in ('retain', 'forget'):
@@ -78,40 +88,48 @@ def tested(summary):
     "Whether the words and margins of a summary come from equivalence tests"
     return {'flag', 'margin_retain_db', 'margin_forget_db'} <= set(summary)
 
+
 def oracle_band(
-    summary:pd.DataFrame, # rows with model == 'oracle', one a seed, and retain_psnr, forget_psnr in dB
-)->dict:
+    summary: pd.DataFrame,  # rows with model == 'oracle', one a seed, and retain_psnr, forget_psnr in dB
+) -> dict:
     "Half-widths in dB, `{'retain': ..., 'forget': ...}`: the margins of the test where there are any, else the largest distance of an Oracle seed from the seeds' mean; nan for one seed"
     o = summary[summary.model == 'oracle']
-    if tested(summary): return {side: float(summary[f'margin_{side}_db'].iloc[0]) for side in ('retain', 'forget')}
-    if len(o) < 2: return {'retain': np.nan, 'forget': np.nan}
+    if tested(summary):
+        return {side: float(summary[f'margin_{side}_db'].iloc[0]) for side in ('retain', 'forget')}
+    if len(o) < 2:
+        return {'retain': np.nan, 'forget': np.nan}
     return {side: float((o[f'{side}_psnr'] - o[f'{side}_psnr'].mean()).abs().max()) for side in ('retain', 'forget')}
 
 # %% ../../nbs/71_show.plots.ipynb #b558ab34
 def _gap_scale(ax, values, axis):
     "Limits for gaps in dB around 0; linear up to 1 dB and logarithmic beyond where some gap is larger than 4 dB"
     values = np.asarray(values, float)
-    low, high = min(np.nanmin(values), -.6), max(np.nanmax(values), .6)
+    low, high = min(np.nanmin(values), -0.6), max(np.nanmax(values), 0.6)
     far = max(-low, high) > 4
-    getattr(ax, f'set_{axis}lim')(low*1.6, high*1.6)
+    getattr(ax, f'set_{axis}lim')(low * 1.6, high * 1.6)
     target = ax.xaxis if axis == 'x' else ax.yaxis
     if far:
-        getattr(ax, f'set_{axis}scale')('symlog', linthresh=1, linscale=.9)
-        ticks = [t for t in (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20) if low*1.6 < t < high*1.6]
-        target.set_major_locator(FixedLocator(ticks)); target.set_minor_locator(NullLocator())
+        getattr(ax, f'set_{axis}scale')('symlog', linthresh=1, linscale=0.9)
+        ticks = [t for t in (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20) if low * 1.6 < t < high * 1.6]
+        target.set_major_locator(FixedLocator(ticks))
+        target.set_minor_locator(NullLocator())
     target.set_major_formatter(FuncFormatter(lambda v, _: f'{v:+g}'.replace('-', '−') if v else '0'))
 
 # %% ../../nbs/71_show.plots.ipynb #c80ed74a
 def _plane(ax, band):
     "Zero lines, the band of Oracle seeds, and in words on the rim what each half of the plane means"
-    ax.axhline(0, color='.6', lw=.8, zorder=0); ax.axvline(0, color='.6', lw=.8, zorder=0)
+    ax.axhline(0, color='.6', lw=0.8, zorder=0)
+    ax.axvline(0, color='.6', lw=0.8, zorder=0)
     if not np.isnan(band['retain']):
-        ax.axvspan(-band['retain'], band['retain'], color='tab:green', alpha=.15, lw=0, zorder=0)
-        ax.axhspan(-band['forget'], band['forget'], color='tab:green', alpha=.15, lw=0, zorder=0)
+        ax.axvspan(-band['retain'], band['retain'], color='tab:green', alpha=0.15, lw=0, zorder=0)
+        ax.axhspan(-band['forget'], band['forget'], color='tab:green', alpha=0.15, lw=0, zorder=0)
     ax.set_xlabel('gap to the Oracle on retain test volumes, dB')
     ax.set_ylabel('gap to the Oracle on forget test volumes, dB')
     look = dict(fontsize=8, style='italic', color='.35', textcoords='offset points', annotation_clip=False)
-    top, side = ax.get_xaxis_transform(), ax.get_yaxis_transform()  # one coordinate in dB, the other in shares of the axes
+    top, side = (
+        ax.get_xaxis_transform(),
+        ax.get_yaxis_transform(),
+    )  # one coordinate in dB, the other in shares of the axes
     ax.annotate('← retain damaged', (0, 1), (-6, 5), xycoords=top, ha='right', **look)
     ax.annotate('retain kept →', (0, 1), (6, 5), xycoords=top, ha='left', **look)
     ax.annotate('under-forgotten →', (1, 0), (5, 6), xycoords=side, rotation=90, va='bottom', **look)
@@ -119,23 +137,38 @@ def _plane(ax, band):
 
 # %% ../../nbs/71_show.plots.ipynb #b6997832
 def plot_gap_plane(
-    summary:pd.DataFrame, # a run's summary: model, method, seed, retain_fraction, retain_psnr, forget_psnr, gap_retain_db, gap_forget_db
-    retain_fraction:float=.1, # 0 to 1; where a method was run at several, the nearest is drawn
-    title:str='', # what the data were
-    ax=None, # axes to draw on
-)->Figure:
+    summary: pd.DataFrame,  # a run's summary: model, method, seed, retain_fraction, retain_psnr, forget_psnr, gap_retain_db, gap_forget_db
+    retain_fraction: float = 0.1,  # 0 to 1; where a method was run at several, the nearest is drawn
+    title: str = '',  # what the data were
+    ax=None,  # axes to draw on
+) -> Figure:
     "Gap on retain (across) against gap on forget (up), in dB: one labelled marker a network, the Oracle at the origin"
     s = one_per_method(with_gaps(summary), retain_fraction).dropna(subset=['gap_retain_db', 'gap_forget_db'])
     band, ax = oracle_band(summary), _panel(ax, (6.6, 5.2))
-    for axis, column in (('x', 'gap_retain_db'), ('y', 'gap_forget_db')): _gap_scale(ax, s[column], axis)
+    for axis, column in (('x', 'gap_retain_db'), ('y', 'gap_forget_db')):
+        _gap_scale(ax, s[column], axis)
     _plane(ax, band)
-    look = {'oracle': dict(marker='*', s=110, color='tab:green'), 'original': dict(marker='D', s=38, color='black'),
-            'unlearned': dict(marker='o', s=30, color='tab:blue')}
+    look = {
+        'oracle': dict(marker='*', s=110, color='tab:green'),
+        'original': dict(marker='D', s=38, color='black'),
+        'unlearned': dict(marker='o', s=30, color='tab:blue'),
+    }
     for model, g in s.groupby('model', sort=False):
         ax.scatter(g.gap_retain_db, g.gap_forget_db, zorder=3, **look.get(model, dict(marker='X', s=38, color='.4')))
-    known = 'green: margin of the test' if tested(summary) else 'green: spread of Oracle seeds' if not np.isnan(band['retain']) else 'one Oracle seed: its spread is unknown'
+    known = (
+        'green: margin of the test'
+        if tested(summary)
+        else 'green: spread of Oracle seeds'
+        if not np.isnan(band['retain'])
+        else 'one Oracle seed: its spread is unknown'
+    )
     ax.set_title(f'{title}\n{known}'.strip(), fontsize=9, pad=18)
-    said = {'oracle': 'Oracle', 'original': 'Original (nothing done)', 'zero_filled': 'no network', 'forget_only': 'forget data alone'}
+    said = {
+        'oracle': 'Oracle',
+        'original': 'Original (nothing done)',
+        'zero_filled': 'no network',
+        'forget_only': 'forget data alone',
+    }
     place_labels(ax, {said.get(n, n): xy for n, *xy in s[['name', 'gap_retain_db', 'gap_forget_db']].to_numpy()})
     return ax.figure
 
@@ -146,29 +179,37 @@ def _gap_panel(ax, s, side, band, methods):
     for i, m in enumerate(methods):
         runs = s[s.method.eq(m)]
         g = runs.groupby('retain_fraction')[column].mean()
-        if len(runs) > len(g): ax.plot(100*runs.retain_fraction, runs[column], '.', ms=4, alpha=.5, color=f'C{i}')     # each seed
-        ax.plot(100*g.index, g.to_numpy(), 'o-', ms=4, lw=1.5, color=f'C{i}', label=m)
+        if len(runs) > len(g):
+            ax.plot(100 * runs.retain_fraction, runs[column], '.', ms=4, alpha=0.5, color=f'C{i}')  # each seed
+        ax.plot(100 * g.index, g.to_numpy(), 'o-', ms=4, lw=1.5, color=f'C{i}', label=m)
     ax.axhline(0, color='tab:green', lw=1.5, label='Oracle')
-    if not np.isnan(band[side]): ax.axhspan(-band[side], band[side], color='tab:green', alpha=.15, lw=0)
+    if not np.isnan(band[side]):
+        ax.axhspan(-band[side], band[side], color='tab:green', alpha=0.15, lw=0)
     original = s.loc[s.model.eq('original'), column].mean()
-    if not np.isnan(original): ax.axhline(original, color='black', ls='--', lw=1, label='Original (nothing done)')
-    ax.set_xscale('log'); ax.xaxis.set_minor_locator(NullLocator())
-    shown = 100*np.unique(s.loc[s.method.isin(methods), 'retain_fraction'])
-    ax.xaxis.set_major_locator(FixedLocator(shown)); ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
-    ax.set_title(f'{side} test volumes', fontsize=9); ax.set_xlabel('retain fraction, %')
+    if not np.isnan(original):
+        ax.axhline(original, color='black', ls='--', lw=1, label='Original (nothing done)')
+    ax.set_xscale('log')
+    ax.xaxis.set_minor_locator(NullLocator())
+    shown = 100 * np.unique(s.loc[s.method.isin(methods), 'retain_fraction'])
+    ax.xaxis.set_major_locator(FixedLocator(shown))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+    ax.set_title(f'{side} test volumes', fontsize=9)
+    ax.set_xlabel('retain fraction, %')
 
 # %% ../../nbs/71_show.plots.ipynb #85d21eb6
 def plot_retain_fraction(
-    summary:pd.DataFrame, # a run's summary with some methods at several retain fractions
-    title:str='', # what the data were
-)->Figure:
+    summary: pd.DataFrame,  # a run's summary with some methods at several retain fractions
+    title: str = '',  # what the data were
+) -> Figure:
     "Both gaps (dB) against the retain fraction, one line (the mean of its seeds, which are dots) a method that was run at two fractions or more; ValueError where none was"
     s = summary[~(summary.model.eq('unlearned') & ~(summary.retain_fraction.astype(float) > 0))]  # log axis
     counts = s[s.model.eq('unlearned')].groupby('method', sort=False).retain_fraction.nunique()
     methods = list(counts.index[counts > 1])
-    if not methods: raise ValueError('no method of this summary was run at more than one retain fraction: nothing to plot')
+    if not methods:
+        raise ValueError('no method of this summary was run at more than one retain fraction: nothing to plot')
     fig, axs = new_axes(1, 2, (3.4, 2.9))
-    for ax, side in zip(axs[0], ('retain', 'forget')): _gap_panel(ax, s, side, oracle_band(summary), methods)
+    for ax, side in zip(axs[0], ('retain', 'forget')):
+        _gap_panel(ax, s, side, oracle_band(summary), methods)
     axs[0, 0].set_ylabel('gap to the Oracle, dB')
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=9)
@@ -180,57 +221,81 @@ def _trace_panel(ax, g, oracle, floor):
     for side, colour in (('retain', 'tab:blue'), ('forget', 'tab:red')):
         y = g[f'{side}_psnr'].to_numpy(float)
         ax.plot(g.epoch, y, 'o-', ms=3, lw=1.5, color=colour, label=side)
-        if oracle: ax.axhline(oracle[side], color=colour, ls='--', lw=1, label=f'Oracle on {side}')
+        if oracle:
+            ax.axhline(oracle[side], color=colour, ls='--', lw=1, label=f'Oracle on {side}')
         if np.nanmin(y) < floor:
-            ax.text(.97, .66 if side == 'retain' else .48, f'{side} to {np.nanmin(y):.0f} dB', color=colour, fontsize=8, ha='right',
-                    transform=ax.transAxes, bbox=dict(color='white', alpha=.8, pad=1))
+            ax.text(
+                0.97,
+                0.66 if side == 'retain' else 0.48,
+                f'{side} to {np.nanmin(y):.0f} dB',
+                color=colour,
+                fontsize=8,
+                ha='right',
+                transform=ax.transAxes,
+                bbox=dict(color='white', alpha=0.8, pad=1),
+            )
     ax.set_ylim(bottom=floor)
 
 # %% ../../nbs/71_show.plots.ipynb #d833973d
 def plot_trace(
-    trace:pd.DataFrame, # columns method, retain_fraction, epoch, retain_psnr, forget_psnr (dB)
-    oracle:dict=None, # the Oracle's mean PSNR in dB, {'retain': ..., 'forget': ...}, drawn dashed
-    retain_fraction:float=.1, # 0 to 1; where a method was run at several, the nearest is drawn
-    cols:int=4, # panels in a row
-    title:str='', # what the data were
-)->Figure:
+    trace: pd.DataFrame,  # columns method, retain_fraction, epoch, retain_psnr, forget_psnr (dB)
+    oracle: dict = None,  # the Oracle's mean PSNR in dB, {'retain': ..., 'forget': ...}, drawn dashed
+    retain_fraction: float = 0.1,  # 0 to 1; where a method was run at several, the nearest is drawn
+    cols: int = 4,  # panels in a row
+    title: str = '',  # what the data were
+) -> Figure:
     "PSNR on retain and forget test volumes over the epochs of unlearning, one small panel a method, all on one scale"
     away = (trace.retain_fraction.astype(float) - retain_fraction).abs().fillna(0)
     t = trace[away <= away.groupby(trace.method).transform('min') + 1e-9].sort_values('epoch')
     values = t[['retain_psnr', 'forget_psnr']].to_numpy(float)
     low = min(oracle.values()) if oracle else np.nanmedian(values)
-    floor = max(np.nanmin(values), low - 8) - .5  # a method in free fall must not flatten the others
+    floor = max(np.nanmin(values), low - 8) - 0.5  # a method in free fall must not flatten the others
     methods = list(dict.fromkeys(trace.method))
     cols = min(cols, len(methods))
-    fig, axs = new_axes(-(-len(methods)//cols), cols, (1.9, 1.7), sharey=True)
-    for ax in axs.flat[len(methods):]: ax.set_axis_off()
+    fig, axs = new_axes(-(-len(methods) // cols), cols, (1.9, 1.7), sharey=True)
+    for ax in axs.flat[len(methods) :]:
+        ax.set_axis_off()
     for ax, m in zip(axs.flat, methods):
-        _trace_panel(ax, t[t.method.eq(m)], oracle, floor); ax.set_title(m, fontsize=9)
-    fig.set_figheight(fig.get_figheight() + .5)  # room for the legend
-    for ax in axs[:, 0]: ax.set_ylabel('PSNR, dB')
-    for ax in [a for column in axs.T for a in [x for x in column if x.axison][-1:]]: ax.set_xlabel('epoch')
-    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4 if cols > 2 else cols, fontsize=8, frameon=False)
+        _trace_panel(ax, t[t.method.eq(m)], oracle, floor)
+        ax.set_title(m, fontsize=9)
+    fig.set_figheight(fig.get_figheight() + 0.5)  # room for the legend
+    for ax in axs[:, 0]:
+        ax.set_ylabel('PSNR, dB')
+    for ax in [a for column in axs.T for a in [x for x in column if x.axison][-1:]]:
+        ax.set_xlabel('epoch')
+    fig.legend(
+        *axs[0, 0].get_legend_handles_labels(),
+        loc='outside lower center',
+        ncols=4 if cols > 2 else cols,
+        fontsize=8,
+        frameon=False,
+    )
     fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/71_show.plots.ipynb #f563b357
 def plot_losses(
-    history:pd.DataFrame, # columns epoch, train_loss and/or valid_loss, and, for several networks, model
-    title:str='', # what was trained
-)->Figure:
+    history: pd.DataFrame,  # columns epoch, train_loss and/or valid_loss, and, for several networks, model
+    title: str = '',  # what was trained
+) -> Figure:
     "Training and validation loss over epochs, a panel a `model`, all on one scale; ValueError without a loss column"
     shown = [c for c in ('train_loss', 'valid_loss') if c in history]
-    if not shown: raise ValueError(f'the history has neither train_loss nor valid_loss, only {list(history.columns)}')
+    if not shown:
+        raise ValueError(f'the history has neither train_loss nor valid_loss, only {list(history.columns)}')
     groups = list(history.groupby('model', sort=False)) if 'model' in history else [('', history)]
     cols = min(4, len(groups))
-    fig, axs = new_axes(-(-len(groups)//cols), cols, (2.2, 1.9), sharey=True)
-    for ax in axs.flat[len(groups):]: ax.set_axis_off()
+    fig, axs = new_axes(-(-len(groups) // cols), cols, (2.2, 1.9), sharey=True)
+    for ax in axs.flat[len(groups) :]:
+        ax.set_axis_off()
     for ax, (name, g) in zip(axs.flat, groups):
-        for c, colour in zip(shown, ('tab:blue', 'tab:orange')): ax.plot(g.epoch, g[c], lw=1.5, color=colour, label=c.replace('_', ' '))
-        ax.set_title(str(name), fontsize=9); ax.set_xlabel('epoch')
+        for c, colour in zip(shown, ('tab:blue', 'tab:orange')):
+            ax.plot(g.epoch, g[c], lw=1.5, color=colour, label=c.replace('_', ' '))
+        ax.set_title(str(name), fontsize=9)
+        ax.set_xlabel('epoch')
     if (history[shown].min(skipna=True) > 0).all():  # a loss that ascent made negative has no place on a log axis
         axs[0, 0].set_yscale('log')  # shared by all panels
-        for which in (axs[0, 0].yaxis.set_major_formatter, axs[0, 0].yaxis.set_minor_formatter): which(FuncFormatter(lambda v, _: f'{v:g}'))
+        for which in (axs[0, 0].yaxis.set_major_formatter, axs[0, 0].yaxis.set_minor_formatter):
+            which(FuncFormatter(lambda v, _: f'{v:g}'))
     axs[0, 0].legend(fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=9)
     return fig
@@ -238,28 +303,45 @@ def plot_losses(
 # %% ../../nbs/71_show.plots.ipynb #6dafc692
 COLOURS = {'passes': '#1a7f5a', 'fails': '#b3372f', 'open': '#888888'}
 
-def _name(row): return ' '.join(str(x) for x in (row['method'] or row['model'],) if x == x) + (f" {row['seed']:g}" if row['model'] == 'oracle' else '') + \
-    (f" {row['retain_fraction']:.0%}" if row['retain_fraction'] == row['retain_fraction'] and row['retain_fraction'] else '')
+
+def _name(row):
+    return (
+        ' '.join(str(x) for x in (row['method'] or row['model'],) if x == x)
+        + (f' {row["seed"]:g}' if row['model'] == 'oracle' else '')
+        + (
+            f' {row["retain_fraction"]:.0%}'
+            if row['retain_fraction'] == row['retain_fraction'] and row['retain_fraction']
+            else ''
+        )
+    )
+
 
 def plot_verdicts(
-    table: pd.DataFrame, # of `verdict_table`
-    limit: float=1.5,    # dB up to which the axis is linear; logarithmic beyond
-): # Figure
+    table: pd.DataFrame,  # of `verdict_table`
+    limit: float = 1.5,  # dB up to which the axis is linear; logarithmic beyond
+):  # Figure
     "Forest plot: gaps with the interval of the test, on both sides, and the margins as bands; green passes, red fails, grey is open"
     rows = table.assign(method=table.method.fillna('')).to_dict('records')
-    fig, axs = plt.subplots(1, 2, sharey=True, figsize=(8, .9 + .24*len(rows)), dpi=75, layout='constrained')
-    plt.close(fig)      # still a Figure, but no longer pyplot's: neither leaked nor shown twice
+    fig, axs = plt.subplots(1, 2, sharey=True, figsize=(8, 0.9 + 0.24 * len(rows)), dpi=75, layout='constrained')
+    plt.close(fig)  # still a Figure, but no longer pyplot's: neither leaked nor shown twice
     for ax, side in zip(axs, ('retain', 'forget')):
-        if f'gap_{side}_db' not in table: ax.set_title(f'{side}: not scored', fontsize=9); continue
+        if f'gap_{side}_db' not in table:
+            ax.set_title(f'{side}: not scored', fontsize=9)
+            continue
         m = table[f'margin_{side}_db'].iloc[0]
-        ax.axvspan(-m, m, color='.9', lw=0); ax.axvline(0, color='.6', lw=.8)
+        ax.axvspan(-m, m, color='.9', lw=0)
+        ax.axvline(0, color='.6', lw=0.8)
         for i, r in enumerate(rows):
             gap, low, high = (r[f'{x}_{side}_db'] for x in ('gap', 'low', 'high'))
             c = COLOURS['passes' if r[f'passes_{side}'] else 'fails' if high < -m or low > m else 'open']
-            ax.plot([low, high], [i, i], color=c, lw=2, solid_capstyle='butt'); ax.plot(gap, i, 'o', ms=4, color=c)
+            ax.plot([low, high], [i, i], color=c, lw=2, solid_capstyle='butt')
+            ax.plot(gap, i, 'o', ms=4, color=c)
         ax.set_xscale('symlog', linthresh=limit, linscale=1.5)
-        ticks = [t for t in (-15, -5, -1, 0, 1, 5, 15) if abs(t) <= max(2, table[f'gap_{side}_db'].abs().max()*1.2)]
-        ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.minorticks_off()
-        ax.set_title(f'{side}: gap to the Oracle (dB), margin ±{m:.2f}', fontsize=9); ax.tick_params(labelsize=8)
-    axs[0].set_yticks(range(len(rows)), [_name(r) for r in rows]); axs[0].set_ylim(len(rows) - .5, -.5)
+        ticks = [t for t in (-15, -5, -1, 0, 1, 5, 15) if abs(t) <= max(2, table[f'gap_{side}_db'].abs().max() * 1.2)]
+        ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
+        ax.minorticks_off()
+        ax.set_title(f'{side}: gap to the Oracle (dB), margin ±{m:.2f}', fontsize=9)
+        ax.tick_params(labelsize=8)
+    axs[0].set_yticks(range(len(rows)), [_name(r) for r in rows])
+    axs[0].set_ylim(len(rows) - 0.5, -0.5)
     return fig

@@ -24,56 +24,142 @@ from ..verdict.names import KEYS
 # %% ../../nbs/72_show.report.ipynb #40955e1d
 class Column(NamedTuple):
     "One column of the table: where it comes from, how it is printed, what it says, and which value is the good one"
-    heading:str # as printed
-    source:str # column of summary.csv; empty for those made here
-    form:str # format specification
-    meaning:str # in words
-    good:str # which direction is good
+
+    heading: str  # as printed
+    source: str  # column of summary.csv; empty for those made here
+    form: str  # format specification
+    meaning: str  # in words
+    good: str  # which direction is good
 
 # %% ../../nbs/72_show.report.ipynb #260634ea
-COLUMNS = [Column(*c) for c in [
-    ('network', '', '', 'Original: trained on all data. Oracle: trained from scratch without the forget data. '
-     'Otherwise: the Original after the method of that name', ''),
-    ('verdict', '', '', 'both gaps in words, by a rule fixed beforehand', 'at the oracle'),
-    ('retain data', 'retain_fraction', '.3g', 'share of the retain data that the method was allowed to look at', 'little'),
-    ('retain PSNR, dB', 'retain_psnr', '.2f', 'quality on test volumes of what had to be kept', 'like the Oracle'),
-    ('retain gap, dB', 'gap_retain_db', '+.2f', 'that, minus the Oracle', '0; below 0: what had to be kept was damaged'),
-    ('forget PSNR, dB', 'forget_psnr', '.2f', 'quality on test volumes of what had to be forgotten', 'like the Oracle, not lower'),
-    ('forget gap, dB', 'gap_forget_db', '+.2f', 'that, minus the Oracle',
-     '0; above 0: not all is forgotten; below 0: worse than a network that never saw the data, which is a fault too'),
-    ('forgetting', 'forgetting_fraction', '.2f', '(Original − this) / (Original − Oracle) on forget test volumes, in PSNR',
-     '1; 0: nothing forgotten; above 1: over-forgotten'),
-    ('retain SSIM', 'retain_ssim', '.3f', 'structural similarity on retain test volumes', 'like the Oracle'),
-    ('forget SSIM', 'forget_ssim', '.3f', 'structural similarity on forget test volumes', 'like the Oracle'),
-    ('agreement on retain, dB', 'agree_retain_db', '.1f', "PSNR between this network's images and the Oracle's",
-     'high; two Oracles agree only as far as the row of the Oracle says'),
-    ('agreement on forget, dB', 'agree_forget_db', '.1f', 'the same on forget test volumes', 'high'),
-    ('passes', 'passes', '', 'sides on which an equivalence test over patients finds the network at the Oracle', 'both'),
-    ('planted', 'planted_rate', '.0%', 'share of retain test patients into whose images the network puts a structure that only forget volumes had; its own experiment, with its own networks', '0 %'),
-    ('null-space error', 'null_forget', '.2%', "energy of the error on forget test volumes that the measured data say nothing about, relative to the object's", 'like the Oracle'),
-    ('third organ gap, dB', 'gap_third_db', '+.2f', 'PSNR minus that of the Oracle on an organ that no network was trained on', '0'),
-    ('cost', 'cost_ratio', '.3f', 'slices trained on, relative to training one Oracle', 'well below 1'),
-    ('seconds', 'seconds', '.0f', 'time on the machine of this run', 'few'),
-]]
-SHORT = ['network', 'retain data', 'retain PSNR, dB', 'retain gap, dB', 'forget PSNR, dB', 'forget gap, dB', 'forgetting', 'agreement on forget, dB', 'passes', 'planted', 'cost', 'verdict']
+COLUMNS = [
+    Column(*c)
+    for c in [
+        (
+            'network',
+            '',
+            '',
+            'Original: trained on all data. Oracle: trained from scratch without the forget data. '
+            'Otherwise: the Original after the method of that name',
+            '',
+        ),
+        ('verdict', '', '', 'both gaps in words, by a rule fixed beforehand', 'at the oracle'),
+        (
+            'retain data',
+            'retain_fraction',
+            '.3g',
+            'share of the retain data that the method was allowed to look at',
+            'little',
+        ),
+        ('retain PSNR, dB', 'retain_psnr', '.2f', 'quality on test volumes of what had to be kept', 'like the Oracle'),
+        (
+            'retain gap, dB',
+            'gap_retain_db',
+            '+.2f',
+            'that, minus the Oracle',
+            '0; below 0: what had to be kept was damaged',
+        ),
+        (
+            'forget PSNR, dB',
+            'forget_psnr',
+            '.2f',
+            'quality on test volumes of what had to be forgotten',
+            'like the Oracle, not lower',
+        ),
+        (
+            'forget gap, dB',
+            'gap_forget_db',
+            '+.2f',
+            'that, minus the Oracle',
+            '0; above 0: not all is forgotten; below 0: worse than a network that never saw the data, which is a fault too',
+        ),
+        (
+            'forgetting',
+            'forgetting_fraction',
+            '.2f',
+            '(Original − this) / (Original − Oracle) on forget test volumes, in PSNR',
+            '1; 0: nothing forgotten; above 1: over-forgotten',
+        ),
+        ('retain SSIM', 'retain_ssim', '.3f', 'structural similarity on retain test volumes', 'like the Oracle'),
+        ('forget SSIM', 'forget_ssim', '.3f', 'structural similarity on forget test volumes', 'like the Oracle'),
+        (
+            'agreement on retain, dB',
+            'agree_retain_db',
+            '.1f',
+            "PSNR between this network's images and the Oracle's",
+            'high; two Oracles agree only as far as the row of the Oracle says',
+        ),
+        ('agreement on forget, dB', 'agree_forget_db', '.1f', 'the same on forget test volumes', 'high'),
+        (
+            'passes',
+            'passes',
+            '',
+            'sides on which an equivalence test over patients finds the network at the Oracle',
+            'both',
+        ),
+        (
+            'planted',
+            'planted_rate',
+            '.0%',
+            'share of retain test patients into whose images the network puts a structure that only forget volumes had; its own experiment, with its own networks',
+            '0 %',
+        ),
+        (
+            'null-space error',
+            'null_forget',
+            '.2%',
+            "energy of the error on forget test volumes that the measured data say nothing about, relative to the object's",
+            'like the Oracle',
+        ),
+        (
+            'third organ gap, dB',
+            'gap_third_db',
+            '+.2f',
+            'PSNR minus that of the Oracle on an organ that no network was trained on',
+            '0',
+        ),
+        ('cost', 'cost_ratio', '.3f', 'slices trained on, relative to training one Oracle', 'well below 1'),
+        ('seconds', 'seconds', '.0f', 'time on the machine of this run', 'few'),
+    ]
+]
+SHORT = [
+    'network',
+    'retain data',
+    'retain PSNR, dB',
+    'retain gap, dB',
+    'forget PSNR, dB',
+    'forget gap, dB',
+    'forgetting',
+    'agreement on forget, dB',
+    'passes',
+    'planted',
+    'cost',
+    'verdict',
+]
 
 # %% ../../nbs/72_show.report.ipynb #5ff27a1d
 def verdicts(
-    summary:pd.DataFrame, # rows with model, retain_psnr, forget_psnr (dB) and the gaps, if they were computed
-    tolerance_db:float=.3, # gaps up to this count as zero, dB
-)->pd.Series:
+    summary: pd.DataFrame,  # rows with model, retain_psnr, forget_psnr (dB) and the gaps, if they were computed
+    tolerance_db: float = 0.3,  # gaps up to this count as zero, dB
+) -> pd.Series:
     "For each row what the equivalence test of the run says of it, or `evaluate.flag` where there was none; same index as `summary`"
-    if tested(summary): return summary.flag.astype(object)
+    if tested(summary):
+        return summary.flag.astype(object)
     s = with_gaps(summary)
     return pd.Series([flag(row, s, tolerance_db) for row in s.to_dict('records')], index=s.index, dtype=object)
 
 # %% ../../nbs/72_show.report.ipynb #8e8e9156
-NAMES = {'original': 'Original (nothing done)', 'oracle': 'Oracle', 'forget_only': 'trained on the forget data alone',
-         'zero_filled': 'no network (zero-filled)'}
+NAMES = {
+    'original': 'Original (nothing done)',
+    'oracle': 'Oracle',
+    'forget_only': 'trained on the forget data alone',
+    'zero_filled': 'no network (zero-filled)',
+}
+
 
 def network_names(
-    summary:pd.DataFrame, # rows with model, method, seed, retain_fraction
-)->pd.Series:
+    summary: pd.DataFrame,  # rows with model, method, seed, retain_fraction
+) -> pd.Series:
     "What to call each row: the method's name where there is one; the seed only where it tells rows apart"
     method = summary.method.fillna('')
     name = method.where(method.ne(''), summary.model.map(NAMES).fillna(summary.model))
@@ -84,57 +170,77 @@ def network_names(
 
 # %% ../../nbs/72_show.report.ipynb #2a5767d1
 def distance(
-    summary:pd.DataFrame, # rows with the gaps, or the scores that they follow from
-)->pd.Series:
+    summary: pd.DataFrame,  # rows with the gaps, or the scores that they follow from
+) -> pd.Series:
     "|gap on retain| + |gap on forget| in dB, for each row: how far from the Oracle, whatever the direction"
     s = with_gaps(summary)
     return s.gap_retain_db.abs() + s.gap_forget_db.abs()
 
+
 def summary_table(
-    summary:pd.DataFrame, # a run's summary, columns as in summary.csv
-    tolerance_db:float=.3, # for the verdict, dB
-)->pd.DataFrame:
+    summary: pd.DataFrame,  # a run's summary, columns as in summary.csv
+    tolerance_db: float = 0.3,  # for the verdict, dB
+) -> pd.DataFrame:
     "The table as people read it: formatted strings, nearest to the Oracle first, rows without a gap last; empty cells are empty"
     s = with_gaps(summary)
     order = distance(s).sort_values(kind='stable', na_position='last').index
     made = {'network': network_names(s), 'verdict': verdicts(s, tolerance_db)}
+
     def cell(x, form, source):
-        if pd.isna(x): return ''
-        return f'{100*x:.3g} %' if source == 'retain_fraction' else f'{x:{form}}'.replace('-', '−')
-    table = {c.heading: s[c.source].map(lambda x, c=c: cell(x, c.form, c.source)) if c.source else made[c.heading]
-             for c in COLUMNS if c.source in s or not c.source}
+        if pd.isna(x):
+            return ''
+        return f'{100 * x:.3g} %' if source == 'retain_fraction' else f'{x:{form}}'.replace('-', '−')
+
+    table = {
+        c.heading: s[c.source].map(lambda x, c=c: cell(x, c.form, c.source)) if c.source else made[c.heading]
+        for c in COLUMNS
+        if c.source in s or not c.source
+    }
     return pd.DataFrame(table).loc[order].reset_index(drop=True)
 
 # %% ../../nbs/72_show.report.ipynb #d2d48a3b
 def to_markdown(
-    table:pd.DataFrame, # strings, as `summary_table` returns them
-    columns=None, # which ones and in which order; default all
-)->str:
+    table: pd.DataFrame,  # strings, as `summary_table` returns them
+    columns=None,  # which ones and in which order; default all
+) -> str:
     "`table` as a Markdown table: words to the left, numbers to the right, bars and line breaks in cells made harmless"
     table = table[list(columns)] if columns is not None else table
-    clean = lambda x: ' '.join(str(x).replace('|', '\\|').split())
-    line = lambda cells: '| ' + ' | '.join(cells) + ' |'
+
+    def clean(x):
+        return ' '.join(str(x).replace('|', '\\|').split())
+
+    def line(cells):
+        return '| ' + ' | '.join(cells) + ' |'
+
     align = [':---' if c in ('network', 'verdict') else '---:' for c in table.columns]
-    return '\n'.join(map(line, [map(clean, table.columns), align, *(map(clean, row) for row in table.to_numpy())])) + '\n'
+    return (
+        '\n'.join(map(line, [map(clean, table.columns), align, *(map(clean, row) for row in table.to_numpy())])) + '\n'
+    )
 
 # %% ../../nbs/72_show.report.ipynb #7b5277a9
 def headline(
-    summary:pd.DataFrame, # a run's summary
-    tolerance_db:float=.3, # for the verdict, dB
-)->str:
+    summary: pd.DataFrame,  # a run's summary
+    tolerance_db: float = 0.3,  # for the verdict, dB
+) -> str:
     "Which method came nearest to the Oracle in the mean of its runs, how near, and how many runs were worse than doing nothing; plain text"
     s, said, original = with_gaps(summary), verdicts(summary, tolerance_db), summary.model.eq('original')
     d = distance(summary)
     tried, nothing = d[summary.model.eq('unlearned')].dropna(), d[original].mean()
-    if not len(tried): return 'No unlearning method was scored in this run.'
-    runs = s.loc[tried.index].assign(retain_fraction=s.retain_fraction.fillna(0)).groupby(['method', 'retain_fraction'])     # whoever picks the best seed has seen the answer
+    if not len(tried):
+        return 'No unlearning method was scored in this run.'
+    runs = (
+        s.loc[tried.index].assign(retain_fraction=s.retain_fraction.fillna(0)).groupby(['method', 'retain_fraction'])
+    )  # whoever picks the best seed has seen the answer
     means = runs[['gap_retain_db', 'gap_forget_db']].mean().abs().sum(axis=1)
     method, share = means.idxmin()
     of = runs.get_group((method, share)).index
-    used = f', with {100*share:.3g} % of the retain data' if share > 0 else ''
-    if len(of) == 1: s = f'Nearest to the Oracle came {method}{used}: its two gaps add up to {means.min():.2f} dB ({said[of[0]]}).'
-    else: s = f'Nearest to the Oracle came {method}{used}: the means of its two gaps over {len(of)} runs add up to {means.min():.2f} dB ({int(said[of].str.contains("at the oracle").sum())} of them score like an Oracle).'
-    if math.isnan(nothing): return s
+    used = f', with {100 * share:.3g} % of the retain data' if share > 0 else ''
+    if len(of) == 1:
+        s = f'Nearest to the Oracle came {method}{used}: its two gaps add up to {means.min():.2f} dB ({said[of[0]]}).'
+    else:
+        s = f'Nearest to the Oracle came {method}{used}: the means of its two gaps over {len(of)} runs add up to {means.min():.2f} dB ({int(said[of].str.contains("at the oracle").sum())} of them score like an Oracle).'
+    if math.isnan(nothing):
+        return s
     worse = int((tried > nothing).sum())
     s += f' Doing nothing stands at {nothing:.2f} dB; {worse} of {len(tried)} unlearning runs ended further from the Oracle than that.'
     if not said[original].str.contains('under-forgotten').any():
@@ -142,63 +248,112 @@ def headline(
     return s
 
 # %% ../../nbs/72_show.report.ipynb #085488c1
-SUMMARY = ('model method seed retain_fraction retain_psnr retain_ssim forget_psnr forget_ssim gap_retain_db gap_forget_db '
-           'forgetting_fraction agree_retain_db agree_forget_db cost_ratio seconds').split()
+SUMMARY = (
+    'model method seed retain_fraction retain_psnr retain_ssim forget_psnr forget_ssim gap_retain_db gap_forget_db '
+    'forgetting_fraction agree_retain_db agree_forget_db cost_ratio seconds'
+).split()
 RESULTS = 'model method seed retain_fraction organ split volume nmse psnr ssim'.split()
 TRACE = 'method retain_fraction epoch retain_psnr forget_psnr'.split()
-OPTIONAL = dict(hallucination=[*KEYS, 'null_retain', 'null_forget'], collateral=[*KEYS, 'side', 'by', 'group', 'gap_db', 'margin_db', 'patients', 'p_holm', 'alarm'],
-                memory=[*KEYS, 'memory_db', 'p', 'flagged'], shared=['reference', 'group', 'zero_filled', 'oracle', 'trained', 'share', 'low', 'high'],
-                over_seeds=['method', 'retain_fraction', 'seeds', 'gap_retain_mean', 'gap_forget_mean', 'pass_both', 'cost_ratio'])
+OPTIONAL = dict(
+    hallucination=[*KEYS, 'null_retain', 'null_forget'],
+    collateral=[*KEYS, 'side', 'by', 'group', 'gap_db', 'margin_db', 'patients', 'p_holm', 'alarm'],
+    memory=[*KEYS, 'memory_db', 'p', 'flagged'],
+    shared=['reference', 'group', 'zero_filled', 'oracle', 'trained', 'share', 'low', 'high'],
+    over_seeds=['method', 'retain_fraction', 'seeds', 'gap_retain_mean', 'gap_forget_mean', 'pass_both', 'cost_ratio'],
+)
 MATRIX = 'trained_on tested_on psnr ssim psnr_sd'.split()
 VOLUMES = 'fname organ patient_id split slices'.split()
-WORDS = {'model', 'method', 'organ', 'split', 'volume', 'trained_on', 'tested_on', 'fname', 'patient_id', 'side', 'by', 'group', 'reference', 'alarm', 'flagged', 'passes', 'flag'}  # the other columns are numbers
+WORDS = {
+    'model',
+    'method',
+    'organ',
+    'split',
+    'volume',
+    'trained_on',
+    'tested_on',
+    'fname',
+    'patient_id',
+    'side',
+    'by',
+    'group',
+    'reference',
+    'alarm',
+    'flagged',
+    'passes',
+    'flag',
+}  # the other columns are numbers
+
 
 def read_table(
-    path, # a CSV file of a run
-    columns, # names that it must have
-    least:int=1, # rows that it must have
-)->pd.DataFrame:
+    path,  # a CSV file of a run
+    columns,  # names that it must have
+    least: int = 1,  # rows that it must have
+) -> pd.DataFrame:
     "A run's CSV, checked: DataError names the file and what is wrong with it"
     again = 'Start the run again: it will write what is missing and keep what is there.'
-    if not Path(path).is_file(): raise DataError(f'{path} is missing. {again}')
-    try: df = pd.read_csv(path, dtype={c: str for c in WORDS}, keep_default_na=True)
-    except (ValueError, OSError) as e: raise DataError(f'{path} cannot be read as a CSV table ({e}). {again}') from e
+    if not Path(path).is_file():
+        raise DataError(f'{path} is missing. {again}')
+    try:
+        df = pd.read_csv(path, dtype={c: str for c in WORDS}, keep_default_na=True)
+    except (ValueError, OSError) as e:
+        raise DataError(f'{path} cannot be read as a CSV table ({e}). {again}') from e
     lost = [c for c in columns if c not in df]
-    if lost or len(df) < least: raise DataError(f'{path} has {f"no column {lost[0]!r}" if lost else "no rows"}. {again}')
+    if lost or len(df) < least:
+        raise DataError(f'{path} has {f"no column {lost[0]!r}" if lost else "no rows"}. {again}')
     for c in set(columns) - WORDS:
-        try: df[c] = pd.to_numeric(df[c])
-        except (ValueError, TypeError) as e: raise DataError(f'{path}: column {c!r} should hold numbers ({e}). {again}') from e
+        try:
+            df[c] = pd.to_numeric(df[c])
+        except (ValueError, TypeError) as e:
+            raise DataError(f'{path}: column {c!r} should hold numbers ({e}). {again}') from e
     return df.fillna({c: '' for c in WORDS & set(df.columns)})
 
 # %% ../../nbs/72_show.report.ipynb #16c979e6
 def read_config(
-    path, # config.json of a run
-)->dict:
+    path,  # config.json of a run
+) -> dict:
     "A run's settings as a dict with a request in it; DataError where the file is missing, torn or says nothing of a request"
-    try: config = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError as e: raise DataError(f'{path} is missing: is this the folder of a run?') from e
-    except (ValueError, OSError) as e: raise DataError(f'{path} is not readable JSON ({e}). Start the run again.') from e
+    try:
+        config = json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError as e:
+        raise DataError(f'{path} is missing: is this the folder of a run?') from e
+    except (ValueError, OSError) as e:
+        raise DataError(f'{path} is not readable JSON ({e}). Start the run again.') from e
     request = config.get('request') if isinstance(config, dict) else None
-    if isinstance(request, str): config['request'] = request = {'query': request}
+    if isinstance(request, str):
+        config['request'] = request = {'query': request}
     if not isinstance(request, dict) or not request.get('query'):
         raise DataError(f"{path} holds no forget request: expected {{'request': {{'query': ..., 'reason': ...}}}}.")
     return config
 
 # %% ../../nbs/72_show.report.ipynb #19addeb5
 def read_run(
-    run_dir, # folder of a run
-)->SimpleNamespace:
+    run_dir,  # folder of a run
+) -> SimpleNamespace:
     "config, results, summary, figures (paths), trace, matrix, volumes, and in `extra` the tables of further checks (None where absent) of a run; DataError for what is missing or damaged"
     d = Path(run_dir)
-    if not d.is_dir(): raise DataError(f'{d} is not a folder: give the folder of a run, the one that holds config.json.')
-    optional = {name: read_table(d/f'{name}.csv', cols) if (d/f'{name}.csv').exists() else None
-                for name, cols in (('trace', TRACE), ('matrix', MATRIX), ('volumes', VOLUMES))}
-    extra = {name: read_table(d/f'{name}.csv', cols, least=0) if (d/f'{name}.csv').exists() else None for name, cols in OPTIONAL.items()}
-    figures = sorted((d/'figures').glob('*.png'))
+    if not d.is_dir():
+        raise DataError(f'{d} is not a folder: give the folder of a run, the one that holds config.json.')
+    optional = {
+        name: read_table(d / f'{name}.csv', cols) if (d / f'{name}.csv').exists() else None
+        for name, cols in (('trace', TRACE), ('matrix', MATRIX), ('volumes', VOLUMES))
+    }
+    extra = {
+        name: read_table(d / f'{name}.csv', cols, least=0) if (d / f'{name}.csv').exists() else None
+        for name, cols in OPTIONAL.items()
+    }
+    figures = sorted((d / 'figures').glob('*.png'))
     for f in figures:
-        if f.read_bytes()[:8] != b'\x89PNG\r\n\x1a\n': raise DataError(f'{f} is not a PNG image. Delete it and start the run again.')
-    return SimpleNamespace(path=d, config=read_config(d/'config.json'), results=read_table(d/'results.csv', RESULTS),
-                           summary=read_table(d/'summary.csv', SUMMARY), figures=figures, **optional, extra=SimpleNamespace(**extra))
+        if f.read_bytes()[:8] != b'\x89PNG\r\n\x1a\n':
+            raise DataError(f'{f} is not a PNG image. Delete it and start the run again.')
+    return SimpleNamespace(
+        path=d,
+        config=read_config(d / 'config.json'),
+        results=read_table(d / 'results.csv', RESULTS),
+        summary=read_table(d / 'summary.csv', SUMMARY),
+        figures=figures,
+        **optional,
+        extra=SimpleNamespace(**extra),
+    )
 
 # %% ../../nbs/72_show.report.ipynb #e90348a2
 def _splits(volumes):
@@ -206,20 +361,36 @@ def _splits(volumes):
     g = volumes.groupby(['split', 'organ'], sort=False)
     return g.agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum')).reset_index()
 
+
 def _sources(run):
     "Where the k-space comes from: source -> volumes; empty where the run does not say"
-    if run.volumes is not None and 'source' in run.volumes: return run.volumes.source.value_counts().to_dict()
+    if run.volumes is not None and 'source' in run.volumes:
+        return run.volumes.source.value_counts().to_dict()
     if run.volumes is not None and 'simulated' in run.volumes:
-        return {k: int(n) for k, n in (('anatomy', run.volumes.simulated.sum()), ('measured', (~run.volumes.simulated).sum())) if n}
+        return {
+            k: int(n)
+            for k, n in (('anatomy', run.volumes.simulated.sum()), ('measured', (~run.volumes.simulated).sum()))
+            if n
+        }
     return {'anatomy': None} if run.config.get('data') == 'simulated' else {}
 
-KSPACE = {'measured': 'measured', 'anatomy': 'simulated, from computed anatomies', 'images': 'simulated, from images (processed magnitude images, not raw data)'}
+
+KSPACE = {
+    'measured': 'measured',
+    'anatomy': 'simulated, from computed anatomies',
+    'images': 'simulated, from images (processed magnitude images, not raw data)',
+}
+
 
 def provenance(run):
     "One sentence on the k-space of a run, for every table; empty where the run does not say"
     sources = _sources(run)
-    if len(sources) == 1: return f'k-space: {KSPACE.get(*sources, next(iter(sources)))}.'
-    return 'k-space: ' + '; '.join(f'{n} volumes {KSPACE.get(k, k)}' for k, n in sources.items()) + '.' if sources else ''
+    if len(sources) == 1:
+        return f'k-space: {KSPACE.get(*sources, next(iter(sources)))}.'
+    return (
+        'k-space: ' + '; '.join(f'{n} volumes {KSPACE.get(k, k)}' for k, n in sources.items()) + '.' if sources else ''
+    )
+
 
 def _simulated(run):
     "Whether all data are simulated: True, False, or None where the run does not say"

@@ -11,41 +11,47 @@ import torch
 # %% ../../nbs/00_signal.kspace.ipynb #43f7fc12
 def _shifted(transform, x):
     "`transform` over the last two axes with the origin in the middle on both sides."
-    if x.ndim < 2: raise ValueError(f"expected a tensor with at least 2 axes [..., h, w], found shape {tuple(x.shape)}")
-    x = torch.fft.ifftshift(x, dim=(-2,-1))
-    return torch.fft.fftshift(transform(x, dim=(-2,-1), norm='ortho'), dim=(-2,-1))
+    if x.ndim < 2:
+        raise ValueError(f'expected a tensor with at least 2 axes [..., h, w], found shape {tuple(x.shape)}')
+    x = torch.fft.ifftshift(x, dim=(-2, -1))
+    return torch.fft.fftshift(transform(x, dim=(-2, -1), norm='ortho'), dim=(-2, -1))
+
 
 def fft2c(
-    x:torch.Tensor # Image, complex (or real), [..., h, w], any unit
-)->torch.Tensor: # k-space, complex, same shape, zero frequency at index n//2 of each axis
+    x: torch.Tensor,  # Image, complex (or real), [..., h, w], any unit
+) -> torch.Tensor:  # k-space, complex, same shape, zero frequency at index n//2 of each axis
     "Centred orthonormal 2-D Fourier transform: the rule of fastMRI's `fft2c`, on complex tensors. Fewer than 2 axes: ValueError."
     return _shifted(torch.fft.fft2, x)
 
+
 def ifft2c(
-    x:torch.Tensor # k-space, complex, [..., h, w], zero frequency at index n//2 of each axis
-)->torch.Tensor: # Image, complex, same shape and unit
+    x: torch.Tensor,  # k-space, complex, [..., h, w], zero frequency at index n//2 of each axis
+) -> torch.Tensor:  # Image, complex, same shape and unit
     "Centred orthonormal 2-D inverse Fourier transform: the rule of fastMRI's `ifft2c`, on complex tensors. Fewer than 2 axes: ValueError."
     return _shifted(torch.fft.ifft2, x)
 
 # %% ../../nbs/00_signal.kspace.ipynb #ba85e706
 def rss(
-    x:torch.Tensor, # Coil images, complex or real, e.g. [..., coils, h, w]
-    dim:int=-3      # The coil axis, which disappears
-)->torch.Tensor: # Real, non-negative
+    x: torch.Tensor,  # Coil images, complex or real, e.g. [..., coils, h, w]
+    dim: int = -3,  # The coil axis, which disappears
+) -> torch.Tensor:  # Real, non-negative
     "Root of the sum of squared magnitudes over the coils: fastMRI's `reconstruction_rss`."
-    if not x.is_complex(): return torch.linalg.vector_norm(x, dim=dim)
+    if not x.is_complex():
+        return torch.linalg.vector_norm(x, dim=dim)
     # the norm of the pairs of reals is the same number, and twice as fast on a CPU
     return torch.linalg.vector_norm(torch.view_as_real(x), dim=(dim % x.ndim, -1))
 
 # %% ../../nbs/00_signal.kspace.ipynb #ec2244a7
 def center_crop(
-    x,     # Anything sliced like an array, [..., h, w]
-    shape  # Wanted (rows, columns)
+    x,  # Anything sliced like an array, [..., h, w]
+    shape,  # Wanted (rows, columns)
 ):
     "The middle of the last two axes, starting at (N-n)//2 as fastMRI does. ValueError where `shape` does not fit."
-    (H,W),(h,w) = x.shape[-2:],shape
+    (H, W), (h, w) = x.shape[-2:], shape
     if not (0 < h <= H and 0 < w <= W):
-        raise ValueError(f"cannot crop the last two axes from {H} x {W} to {h} x {w}: "
-            "each wanted size must be at least 1 and at most what is there")
-    top,left = (H-h)//2,(W-w)//2
-    return x[..., top:top+h, left:left+w]
+        raise ValueError(
+            f'cannot crop the last two axes from {H} x {W} to {h} x {w}: '
+            'each wanted size must be at least 1 and at most what is there'
+        )
+    top, left = (H - h) // 2, (W - w) // 2
+    return x[..., top : top + h, left : left + w]

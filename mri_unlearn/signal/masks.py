@@ -15,116 +15,140 @@ from fastcore.basics import listify
 # %% ../../nbs/05_signal.masks.ipynb #8da4ec37
 def _center(width, num_low):
     "The fully sampled middle: `num_low` columns from (width - num_low + 1)//2 on."
-    mask,pad = np.zeros(width, bool),(width-num_low+1)//2
-    mask[pad:pad+num_low] = True
+    mask, pad = np.zeros(width, bool), (width - num_low + 1) // 2
+    mask[pad : pad + num_low] = True
     return mask
 
 # %% ../../nbs/05_signal.masks.ipynb #5ad848de
 def _random(rng, width, R, num_low):
-    if num_low >= width: return np.ones(width, bool)
-    return rng.uniform(size=width) < (width/R - num_low)/(width - num_low)
+    if num_low >= width:
+        return np.ones(width, bool)
+    return rng.uniform(size=width) < (width / R - num_low) / (width - num_low)
+
 
 def _equispaced(rng, width, R, num_low):
     mask = np.zeros(width, bool)
-    mask[rng.randint(0, R)::R] = True
+    mask[rng.randint(0, R) :: R] = True
     return mask
 
 # %% ../../nbs/05_signal.masks.ipynb #963ca207
 def _equispaced_fraction(rng, width, R, num_low):
-    mask,left = np.zeros(width, bool),width - num_low*R
+    mask, left = np.zeros(width, bool), width - num_low * R
     if left < 0:
-        raise ValueError(f"the {num_low} central columns alone are more than {width}/{R}: "
-            "lower the centre fraction or the acceleration")
-    if left == 0: return mask
-    step = (R*(num_low-width))/(num_low*R-width) # in this order: it decides the last bit
+        raise ValueError(
+            f'the {num_low} central columns alone are more than {width}/{R}: '
+            'lower the centre fraction or the acceleration'
+        )
+    if left == 0:
+        return mask
+    step = (R * (num_low - width)) / (num_low * R - width)  # in this order: it decides the last bit
     offset = rng.randint(0, round(step))
-    mask[np.around(np.arange(offset, width-1, step)).astype(int)] = True
+    mask[np.around(np.arange(offset, width - 1, step)).astype(int)] = True
     return mask
 
 # %% ../../nbs/05_signal.masks.ipynb #3235fb03
 def _magic(rng, width, R, num_low):
-    if not R: return np.zeros(width, bool) # magic_fraction: the middle has used up all columns
+    if not R:
+        return np.zeros(width, bool)  # magic_fraction: the middle has used up all columns
     offset = rng.randint(0, R)
-    up,down = (offset+2,offset-1) if offset % 2 else (offset+1,offset+2)
-    positive,negative = np.zeros((width+1)//2, bool),np.zeros(width//2, bool)
+    up, down = (offset + 2, offset - 1) if offset % 2 else (offset + 1, offset + 2)
+    positive, negative = np.zeros((width + 1) // 2, bool), np.zeros(width // 2, bool)
     positive[up::R] = True
     negative[down::R] = True
     return np.fft.fftshift(np.concatenate([positive, negative[::-1]]))
 
 # %% ../../nbs/05_signal.masks.ipynb #929e5a29
-_OUTER = dict(random=_random, equispaced=_equispaced, equispaced_fraction=_equispaced_fraction, magic=_magic, magic_fraction=_magic)
+_OUTER = dict(
+    random=_random,
+    equispaced=_equispaced,
+    equispaced_fraction=_equispaced_fraction,
+    magic=_magic,
+    magic_fraction=_magic,
+)
+
 
 def _magic_fraction(width, R, num_low):
     "Spacing and centre of `magic_fraction`, so that about width/R columns are read in all."
-    target = round(width/R)
+    target = round(width / R)
     num_low = max(min(num_low, target), 1)
-    return (round(width/(target-num_low)) if target > num_low else 0),num_low
+    return (round(width / (target - num_low)) if target > num_low else 0), num_low
 
 # %% ../../nbs/05_signal.masks.ipynb #eb14685f
 def _draw(width, seed=None, *, kind, center_fractions, accelerations):
     "One mask. The order of the draws is fastMRI's: which pair, then offset or uniforms."
-    if width < 1: raise ValueError(f"expected a width of at least 1 column, found {width}")
+    if width < 1:
+        raise ValueError(f'expected a width of at least 1 column, found {width}')
     rng = np.random.RandomState(seed)
     i = rng.randint(len(accelerations))
-    R,num_low = accelerations[i],round(width*center_fractions[i])
-    if kind == 'magic_fraction': R,num_low = _magic_fraction(width, R, num_low)
+    R, num_low = accelerations[i], round(width * center_fractions[i])
+    if kind == 'magic_fraction':
+        R, num_low = _magic_fraction(width, R, num_low)
     mask = _center(width, num_low) | _OUTER[kind](rng, width, R, num_low)
-    return torch.from_numpy(mask),num_low
+    return torch.from_numpy(mask), num_low
 
 # %% ../../nbs/05_signal.masks.ipynb #13723392
 def mask_func(
-    kind:str,         # random, equispaced, equispaced_fraction, magic or magic_fraction
-    center_fractions, # Share of the columns read in the middle, 0 to 1; one or a list
-    accelerations     # Every how many columns one is read, >= 1; one or a list, as long as `center_fractions`
+    kind: str,  # random, equispaced, equispaced_fraction, magic or magic_fraction
+    center_fractions,  # Share of the columns read in the middle, 0 to 1; one or a list
+    accelerations,  # Every how many columns one is read, >= 1; one or a list, as long as `center_fractions`
 ):
     """`f(width, seed=None) -> (bool tensor [width], num_low_frequencies)`, fastMRI 0.3's mask for the same seed, to the bit.
     `seed`: None (fresh entropy), an integer or a sequence of integers (see `file_seed`). ValueError: arguments that give no mask."""
-    fractions,rates = listify(center_fractions),listify(accelerations)
-    if kind not in _OUTER: raise ValueError(f"unknown mask kind {kind!r}: expected one of {', '.join(_OUTER)}")
+    fractions, rates = listify(center_fractions), listify(accelerations)
+    if kind not in _OUTER:
+        raise ValueError(f'unknown mask kind {kind!r}: expected one of {", ".join(_OUTER)}')
     if not rates or len(fractions) != len(rates):
-        raise ValueError(f"expected as many centre fractions as accelerations and at least one, found {fractions} and {rates}")
-    if any(not 0 <= f <= 1 for f in fractions): raise ValueError(f"centre fractions must lie from 0 to 1, found {fractions}")
-    if any(not 1 <= r < float('inf') for r in rates): raise ValueError(f"accelerations must be 1 or more, found {rates}")
+        raise ValueError(
+            f'expected as many centre fractions as accelerations and at least one, found {fractions} and {rates}'
+        )
+    if any(not 0 <= f <= 1 for f in fractions):
+        raise ValueError(f'centre fractions must lie from 0 to 1, found {fractions}')
+    if any(not 1 <= r < float('inf') for r in rates):
+        raise ValueError(f'accelerations must be 1 or more, found {rates}')
     if kind in ('equispaced', 'magic'):
         if any(r != int(r) for r in rates):
-            raise ValueError(f"{kind} reads every n-th column: accelerations must be whole numbers, found {rates}")
+            raise ValueError(f'{kind} reads every n-th column: accelerations must be whole numbers, found {rates}')
         rates = [int(r) for r in rates]
     return partial(_draw, kind=kind, center_fractions=tuple(fractions), accelerations=tuple(rates))
 
 # %% ../../nbs/05_signal.masks.ipynb #b43fe744
 def file_seed(
-    fname # Path or name of a volume, e.g. file1000001.h5
-)->tuple: # One integer a character
+    fname,  # Path or name of a volume, e.g. file1000001.h5
+) -> tuple:  # One integer a character
     "fastMRI's seed of a file: the character codes of its base name, extension included."
     return tuple(map(ord, str(fname).replace('\\', '/').rsplit('/', 1)[-1]))
 
 # %% ../../nbs/05_signal.masks.ipynb #08cefec2
 def real_acceleration(
-    mask:torch.Tensor # Bool, [..., width]
-)->float: # Columns there are per column read; infinite for an empty mask
+    mask: torch.Tensor,  # Bool, [..., width]
+) -> float:  # Columns there are per column read; infinite for an empty mask
     "The acceleration that a mask really has."
     read = int(mask.sum())
-    return mask.numel()/read if read else float('inf')
+    return mask.numel() / read if read else float('inf')
 
 # %% ../../nbs/05_signal.masks.ipynb #3381c0c8
 def clip_mask(
-    mask:torch.Tensor, # Bool, [..., width]
-    padding            # (left, right): columns outside left <= i < right were never measured
-)->torch.Tensor: # Bool, same shape
+    mask: torch.Tensor,  # Bool, [..., width]
+    padding,  # (left, right): columns outside left <= i < right were never measured
+) -> torch.Tensor:  # Bool, same shape
     "The mask without the zero-padded sides of k-space."
-    left,right = padding
+    left, right = padding
     i = torch.arange(mask.shape[-1], device=mask.device)
     return mask & (i >= left) & (i < right)
 
+
 def apply_mask(
-    kspace:torch.Tensor, # Complex, [..., rows, width]
-    mask:torch.Tensor,   # Bool (or 0 and 1), [width] or anything that broadcasts against `kspace`
-    padding=None         # (left, right) as in `clip_mask`
-)->torch.Tensor: # Complex, same shape as `kspace`; exactly +0 where the mask is False
+    kspace: torch.Tensor,  # Complex, [..., rows, width]
+    mask: torch.Tensor,  # Bool (or 0 and 1), [width] or anything that broadcasts against `kspace`
+    padding=None,  # (left, right) as in `clip_mask`
+) -> torch.Tensor:  # Complex, same shape as `kspace`; exactly +0 where the mask is False
     "k-space with the columns outside the mask set to zero, no zero with a sign. ValueError where the widths differ."
     if mask.shape[-1] != kspace.shape[-1]:
-        raise ValueError(f"the mask has {mask.shape[-1]} columns, the k-space {kspace.shape[-1]}: draw it for this width")
+        raise ValueError(
+            f'the mask has {mask.shape[-1]} columns, the k-space {kspace.shape[-1]}: draw it for this width'
+        )
     mask = mask.to(torch.bool)
-    if padding is not None: mask = clip_mask(mask, padding)
+    if padding is not None:
+        mask = clip_mask(mask, padding)
     # `where` takes nothing over from what it drops (a product would: signs, NaN); + 0.0 turns a measured -0 into 0, as fastMRI does
     return torch.where(mask, kspace, 0) + 0.0

@@ -28,23 +28,39 @@ from ..network.learner import SkipValidation, recon_learner
 from .catalog import RECOMMENDED, find_method
 
 # %% ../../nbs/45_unlearn.core.ipynb #6baf0b1a
-def _same(i): return 0
+def _same(i):
+    return 0
+
 
 class BatchPlan:
     "Indices of the slices of each epoch: `steps` steps of `bs`, half retain and half forget where both are given"
-    def __init__(self,
-        retain: list,   # indices of retain slices; may be empty
-        forget: list,   # indices of forget slices; may be empty
-        bs: int,        # slices in a step
-        steps: int,     # of the optimiser, in an epoch
-        seed: int=0,    # of the order
-        shape=_same,    # index -> shape; slices of one batch share it
+
+    def __init__(
+        self,
+        retain: list,  # indices of retain slices; may be empty
+        forget: list,  # indices of forget slices; may be empty
+        bs: int,  # slices in a step
+        steps: int,  # of the optimiser, in an epoch
+        seed: int = 0,  # of the order
+        shape=_same,  # index -> shape; slices of one batch share it
     ):
-        if not retain and not forget: raise DataError('a batch plan needs retain or forget slices; found neither')
-        if retain and forget and bs < 2: raise ValueError('a batch of retain and forget slices needs a batch size of at least 2')
-        self.retain, self.forget, self.bs, self.steps, self.seed, self.shape = list(retain), list(forget), bs, steps, seed, shape
-        self.n_retain = 0 if not retain else bs if not forget else bs//2
-        self.parts = 2 if retain and forget and len({shape(i) for i in (*retain, *forget)}) > 1 else 1   # batches in a step
+        if not retain and not forget:
+            raise DataError('a batch plan needs retain or forget slices; found neither')
+        if retain and forget and bs < 2:
+            raise ValueError('a batch of retain and forget slices needs a batch size of at least 2')
+        self.retain, self.forget, self.bs, self.steps, self.seed, self.shape = (
+            list(retain),
+            list(forget),
+            bs,
+            steps,
+            seed,
+            shape,
+        )
+        self.n_retain = 0 if not retain else bs if not forget else bs // 2
+        self.parts = (
+            2 if retain and forget and len({shape(i) for i in (*retain, *forget)}) > 1 else 1
+        )  # batches in a step
+
     def stream(self, items, name, n):
         "Endless lists of `n` items of one shape, from shuffled passes"
         waiting = {}
@@ -53,110 +69,162 @@ class BatchPlan:
             for k in rng.permutation(len(items)):
                 bucket = waiting.setdefault(self.shape(items[k]), [])
                 bucket.append(items[k])
-                if len(bucket) == n: yield waiting.pop(self.shape(items[k]))
+                if len(bucket) == n:
+                    yield waiting.pop(self.shape(items[k]))
+
     def __call__(self, epoch):
         halves = [(self.retain, 'retain', self.n_retain), (self.forget, 'forget!', self.bs - self.n_retain)]
         streams = [self.stream(items, name, n) for items, name, n in halves if n]
-        steps = islice(zip(*streams), epoch*self.steps, (epoch + 1)*self.steps)
+        steps = islice(zip(*streams), epoch * self.steps, (epoch + 1) * self.steps)
         return [batch for step in steps for batch in (step if self.parts == 2 else [sum(step, [])])]
 
 # %% ../../nbs/45_unlearn.core.ipynb #ac00a5ce
 class LossTerms(Callback):
     "Collects the terms of an unlearning loss and hands their sum to the backward pass"
-    order = 50                                   # after every `LossTerm`
+
+    order = 50  # after every `LossTerm`
+
     def before_fit(self):
         self.history = []
-        self.learn.parts = getattr(getattr(self.dls.train, 'order', None), 'parts', 1)     # batches in a step
-    def before_epoch(self): self.sums, self.n = {}, 0
+        self.learn.parts = getattr(getattr(self.dls.train, 'order', None), 'parts', 1)  # batches in a step
+
+    def before_epoch(self):
+        self.sums, self.n = {}, 0
+
     def after_pred(self):
-        if not self.training: return
+        if not self.training:
+            return
         self.learn.item_loss = self.loss_func.per_item(self.pred, *self.yb)
         self.learn.is_forget = Targets(*self.yb).forget
         self.learn.terms = {}
+
     def after_loss(self):
-        if not self.training: return
-        if not self.terms: raise ValueError('no term of the unlearning loss: add a LossTerm such as RetainDescent()')
+        if not self.training:
+            return
+        if not self.terms:
+            raise ValueError('no term of the unlearning loss: add a LossTerm such as RetainDescent()')
         self.learn.loss_grad = sum(self.terms.values())
         self.learn.loss = self.learn.loss_grad.detach().clone()
-        for k, v in self.terms.items(): self.sums[k] = self.sums.get(k, 0.) + v.item()
+        for k, v in self.terms.items():
+            self.sums[k] = self.sums.get(k, 0.0) + v.item()
         self.n += 1
-    def after_train(self): self.history.append({k: v*self.parts/max(self.n, 1) for k, v in self.sums.items()})   # means over steps
+
+    def after_train(self):
+        self.history.append({k: v * self.parts / max(self.n, 1) for k, v in self.sums.items()})  # means over steps
 
 # %% ../../nbs/45_unlearn.core.ipynb #d0590e23
 class OneStep(Callback):
     "Lets the gradients of all batches of a step add up before the optimiser moves"
-    order = -5    # before the gradient is clipped
+
+    order = -5  # before the gradient is clipped
+
     def before_step(self):
-        if (self.iter + 1) % self.parts: raise CancelBatchException
+        if (self.iter + 1) % self.parts:
+            raise CancelBatchException
 
 # %% ../../nbs/45_unlearn.core.ipynb #3705009a
 class LossTerm(Callback):
     "Base of a term: override `term`, which returns a scalar"
+
     order = 40
-    def __init__(self, weight=1.): self.weight = weight
+
+    def __init__(self, weight=1.0):
+        self.weight = weight
+
     def now(self):
         "The weight at this point of the training; a tuple of weights is used one after the other"
-        if not isinstance(self.weight, (tuple, list)): return self.weight
-        return self.weight[min(int(self.pct_train*len(self.weight)), len(self.weight) - 1)]
+        if not isinstance(self.weight, (tuple, list)):
+            return self.weight
+        return self.weight[min(int(self.pct_train * len(self.weight)), len(self.weight) - 1)]
+
     def mean_loss(self, which):
         "Mean loss of the slices that `which` (bool [B]) picks; 0 where it picks none"
-        return self.item_loss[which].mean() if which.any() else self.item_loss.sum()*0.
-    def term(self): raise NotImplementedError
+        return self.item_loss[which].mean() if which.any() else self.item_loss.sum() * 0.0
+
+    def term(self):
+        raise NotImplementedError
+
     def after_loss(self):
-        if self.training: self.learn.terms[type(self).__name__] = self.term()
+        if self.training:
+            self.learn.terms[type(self).__name__] = self.term()
 
 # %% ../../nbs/45_unlearn.core.ipynb #dd6f6882
 class RetainDescent(LossTerm):
     "+ w L(x_r): stay good at what is kept"
-    def term(self): return self.now()*self.mean_loss(~self.is_forget)
+
+    def term(self):
+        return self.now() * self.mean_loss(~self.is_forget)
+
 
 class ForgetDescent(LossTerm):
     "+ w L(x_f): learn the targets of the forget slices, whatever another callback made of them"
-    def term(self): return self.now()*self.mean_loss(self.is_forget)
+
+    def term(self):
+        return self.now() * self.mean_loss(self.is_forget)
+
 
 class ForgetAscent(LossTerm):
     "- w L(x_f): gradient ascent on the forget slices"
-    def term(self): return -self.now()*self.mean_loss(self.is_forget)
+
+    def term(self):
+        return -self.now() * self.mean_loss(self.is_forget)
 
 # %% ../../nbs/45_unlearn.core.ipynb #04fecb30
 class WeightL1(LossTerm):
     "+ alpha L_0 |theta|_1 / |theta_0|_1: a penalty on the weights, relative to the loss at the start"
-    def norm(self): return sum(p.abs().sum() for p in self.model.parameters() if p.requires_grad)
-    def before_fit(self): self.scale = None
+
+    def norm(self):
+        return sum(p.abs().sum() for p in self.model.parameters() if p.requires_grad)
+
+    def before_fit(self):
+        self.scale = None
+
     def term(self):
         norm = self.norm()
-        if self.scale is None: self.scale = (self.item_loss.mean()/norm).detach()
-        return self.now()*self.scale*norm/self.parts
+        if self.scale is None:
+            self.scale = (self.item_loss.mean() / norm).detach()
+        return self.now() * self.scale * norm / self.parts
 
 # %% ../../nbs/45_unlearn.core.ipynb #cff790ab
 class NoisyLabels(Callback):
     "Adds lam * max_value * |N(0,1)| to the targets of forget slices, in training batches only"
+
     order = 10
-    def __init__(self, lam=.2, seed=0): self.lam, self.seed = lam, seed
-    def before_fit(self): self.generator = torch.Generator().manual_seed(self.seed)
+
+    def __init__(self, lam=0.2, seed=0):
+        self.lam, self.seed = lam, seed
+
+    def before_fit(self):
+        self.generator = torch.Generator().manual_seed(self.seed)
+
     def before_batch(self):
-        if not self.training: return
+        if not self.training:
+            return
         y = Targets(*self.yb)
         noise = torch.randn(y.target.shape, generator=self.generator).abs().to(y.target.device)
-        target = y.target + self.lam*(y.max_value*y.forget)[:, None, None]*noise
+        target = y.target + self.lam * (y.max_value * y.forget)[:, None, None] * noise
         self.learn.yb = tuple(y._replace(target=target))
 
 # %% ../../nbs/45_unlearn.core.ipynb #ca326909
 def unlearning_pool(
-    learn: Learner,         # the Original
-    what,                   # ForgetRequest, table with a `split` column, or DataLoaders
-    retain_fraction: float, # share of the retain volumes that may be used, 0 < f <= 1
-    seed: int=0,            # which retain volumes
-): # table of training volumes, `split` in retain_train, forget_train
+    learn: Learner,  # the Original
+    what,  # ForgetRequest, table with a `split` column, or DataLoaders
+    retain_fraction: float,  # share of the retain volumes that may be used, 0 < f <= 1
+    seed: int = 0,  # which retain volumes
+):  # table of training volumes, `split` in retain_train, forget_train
     "The volumes that an unlearning method may look at"
-    if isinstance(what, DataLoaders): what = what.train_ds.volumes
+    if isinstance(what, DataLoaders):
+        what = what.train_ds.volumes
     if isinstance(what, ForgetRequest):
         volumes = learn.dls.train_ds.volumes.drop(columns='split', errors='ignore')
         what = volumes.assign(split=np.where(what.select(volumes), 'forget_train', 'retain_train'))
     if not isinstance(what, pd.DataFrame) or 'split' not in what:
-        raise DataError(f"expected a ForgetRequest, a table with a column 'split' or DataLoaders; found {type(what).__name__}")
+        raise DataError(
+            f"expected a ForgetRequest, a table with a column 'split' or DataLoaders; found {type(what).__name__}"
+        )
     forget = what[what.split == 'forget_train']
-    if not len(forget): raise DataError("nothing to forget: no volume has split 'forget_train'; check the request")
+    if not len(forget):
+        raise DataError("nothing to forget: no volume has split 'forget_train'; check the request")
     return pd.concat([retain_subset(what, retain_fraction, seed), forget])
 
 # %% ../../nbs/45_unlearn.core.ipynb #c9e8b48f
@@ -167,41 +235,56 @@ def unlearning_learner(learn, pool, method, bs, steps, seed, device=None):
     index = {flag: [i for i, (v, _) in enumerate(ds.items) if ds.forget[v] == flag] for flag in (False, True)}
     retain = index[False] if method.data in ('retain', 'both') else []
     forget = index[True] if method.data in ('forget', 'both') else []
-    steps = steps or ceil((len(retain) + len(forget))/bs)
-    budget = steps*bs
-    if method.bs: steps, bs = max(1, int(budget*method.share/method.bs)), method.bs
+    steps = steps or ceil((len(retain) + len(forget)) / bs)
+    budget = steps * bs
+    if method.bs:
+        steps, bs = max(1, int(budget * method.share / method.bs)), method.bs
     device = device or learn.dls.device
-    dl = ReconDL(ds, bs=bs, order=BatchPlan(retain, forget, bs, steps, seed, ds.shape), seed=seed, device=device,
-                 num_workers=learn.dls.train.fake_l.num_workers)
-    student = recon_learner(DataLoaders(dl, learn.dls.valid, device=device), deepcopy(learn.model), loss=learn.loss_func, opt_func=learn.opt_func)
-    student.budget = budget          # slices a round, for methods that do more than their steps
+    dl = ReconDL(
+        ds,
+        bs=bs,
+        order=BatchPlan(retain, forget, bs, steps, seed, ds.shape),
+        seed=seed,
+        device=device,
+        num_workers=learn.dls.train.fake_l.num_workers,
+    )
+    student = recon_learner(
+        DataLoaders(dl, learn.dls.valid, device=device),
+        deepcopy(learn.model),
+        loss=learn.loss_func,
+        opt_func=learn.opt_func,
+    )
+    student.budget = budget  # slices a round, for methods that do more than their steps
     return student
 
 # %% ../../nbs/45_unlearn.core.ipynb #a9910175
 def unlearn(
-    learn: Learner,              # the Original; is not changed
-    what,                        # ForgetRequest, table with `split`, or DataLoaders with forget flags
-    method: str=RECOMMENDED,     # name in METHODS
-    retain_fraction: float=1.,   # share of the retain volumes that may be used
-    epochs: int=3,               # rounds; between rounds nothing but logging happens
-    steps: int=None,             # batches a round; default: one pass over the method's slices
-    bs: int=8,                   # slices a batch; joint methods take half from each side
-    lr: float=1e-3,              # learning rate, constant
-    clip: float=.5,              # largest norm of the gradient, as in the paper; None: no limit
-    seed: int=0,                 # of the retain subset, the order, the masks, and of what a method draws itself
-    cbs=None,                    # further callbacks
-    **settings                   # of the method: lam, alpha, forget_weight, retain_weight, …
-): # Learner around the unlearned network, in eval mode; `learn.loss_terms.history` holds the mean of each term by round
+    learn: Learner,  # the Original; is not changed
+    what,  # ForgetRequest, table with `split`, or DataLoaders with forget flags
+    method: str = RECOMMENDED,  # name in METHODS
+    retain_fraction: float = 1.0,  # share of the retain volumes that may be used
+    epochs: int = 3,  # rounds; between rounds nothing but logging happens
+    steps: int = None,  # batches a round; default: one pass over the method's slices
+    bs: int = 8,  # slices a batch; joint methods take half from each side
+    lr: float = 1e-3,  # learning rate, constant
+    clip: float = 0.5,  # largest norm of the gradient, as in the paper; None: no limit
+    seed: int = 0,  # of the retain subset, the order, the masks, and of what a method draws itself
+    cbs=None,  # further callbacks
+    **settings,  # of the method: lam, alpha, forget_weight, retain_weight, …
+):  # Learner around the unlearned network, in eval mode; `learn.loss_terms.history` holds the mean of each term by round
     "Run an unlearning method on a copy of the network; raises `DataError` for an unknown method or an impossible request"
     m = find_method(method)
-    pool = unlearning_pool(learn, what, 1. if m.all_retain else retain_fraction, seed)
-    own = {k: seed for k in inspect.signature(m.make).parameters if k.endswith('_seed')}     # what a method draws itself
-    try: callbacks = m.make(**own | settings)
-    except TypeError as e: raise DataError(f'method {method!r} takes {inspect.signature(m.make)}: {e}') from e
+    pool = unlearning_pool(learn, what, 1.0 if m.all_retain else retain_fraction, seed)
+    own = {k: seed for k in inspect.signature(m.make).parameters if k.endswith('_seed')}  # what a method draws itself
+    try:
+        callbacks = m.make(**own | settings)
+    except TypeError as e:
+        raise DataError(f'method {method!r} takes {inspect.signature(m.make)}: {e}') from e
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
     student.add_cbs(extra + list(cbs or []))
     student.budget *= epochs
-    with student.no_bar(), student.no_logging(): student.fit(epochs, lr)
+    with student.no_bar(), student.no_logging():
+        student.fit(epochs, lr)
     student.model.eval()
     return student

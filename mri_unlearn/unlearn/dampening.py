@@ -26,155 +26,226 @@ from .teachers import KeepAnswers, Teacher, fresh, outside, spend
 # %% ../../nbs/51_unlearn.dampening.ipynb #092b7b45
 SCORES = ('square', 'norm', 'signed')
 
+
 def weight_scores(
-    learn,              # a Learner that `unlearn` has made
-    forget: bool,       # slices of which side
-    kind: str='square', # 'square': mean g^2 of the loss, 'norm': mean |g| of the squared output, 'signed': mean g of the loss
-    n: int=None,        # slices to look at; None: all
-): # list of tensors, one for each parameter that is trained
+    learn,  # a Learner that `unlearn` has made
+    forget: bool,  # slices of which side
+    kind: str = 'square',  # 'square': mean g^2 of the loss, 'norm': mean |g| of the squared output, 'signed': mean g of the loss
+    n: int = None,  # slices to look at; None: all
+):  # list of tensors, one for each parameter that is trained
     "What the gradients of single slices say about each weight; the pass is put on the meter"
-    if kind not in SCORES: raise ValueError(f'kind must be one of {SCORES}, found {kind!r}')
+    if kind not in SCORES:
+        raise ValueError(f'kind must be one of {SCORES}, found {kind!r}')
     start, training, seen = time.perf_counter(), learn.model.training, 0
     params = [p for p in learn.model.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p) for p in params]
     learn.model.eval()
     for xb, y in outside(learn, forget, n):
         pred, seen = learn.model(*xb), seen + 1
-        if kind == 'norm': value = ((to_image(pred, y) - y.mean[:, None, None])/y.std[:, None, None]).square().mean()
-        else: value = learn.loss_func.per_item(pred, *y).mean()
+        if kind == 'norm':
+            value = ((to_image(pred, y) - y.mean[:, None, None]) / y.std[:, None, None]).square().mean()
+        else:
+            value = learn.loss_func.per_item(pred, *y).mean()
         for s, g in zip(sums, torch.autograd.grad(value, params, allow_unused=True)):
-            if g is not None: s += g.square() if kind == 'square' else g.abs() if kind == 'norm' else g
+            if g is not None:
+                s += g.square() if kind == 'square' else g.abs() if kind == 'norm' else g
     learn.model.train(training)
     spend(learn, seen, time.perf_counter() - start)
-    return [s/seen for s in sums]
+    return [s / seen for s in sums]
 
 # %% ../../nbs/51_unlearn.dampening.ipynb #3b3b4a89
 def dampen(
-    params,        # list of parameters, changed in place
-    i_f, i_r,      # their importances for what is forgotten and for what is retained, lists of tensors
+    params,  # list of parameters, changed in place
+    i_f,
+    i_r,  # their importances for what is forgotten and for what is retained, lists of tensors
     alpha: float,  # a weight is dampened where i_f > alpha i_r
-    lam: float=1., # how much of i_r/i_f is left of it
-): # float, the share of weights that were dampened
+    lam: float = 1.0,  # how much of i_r/i_f is left of it
+):  # float, the share of weights that were dampened
     "Shrink the weights that matter more for what is forgotten (Foster et al. 2024)"
     chosen = total = 0
     with torch.no_grad():
         for p, f, r in zip(params, i_f, i_r):
-            hit = f > alpha*r
-            p.mul_(torch.where(hit, (lam*r/f.clamp_min(torch.finfo(f.dtype).tiny)).clamp_max(1.), 1.))
+            hit = f > alpha * r
+            p.mul_(torch.where(hit, (lam * r / f.clamp_min(torch.finfo(f.dtype).tiny)).clamp_max(1.0), 1.0))
             chosen, total = chosen + hit.sum().item(), total + hit.numel()
-    return chosen/total
+    return chosen / total
 
 # %% ../../nbs/51_unlearn.dampening.ipynb #e7bd3f2b
-TOP = (.001, .003, .01, .02, .03, .05, .07, .1, .14, .2, .3, .5)    # shares of weights that the search dampens
+TOP = (
+    0.001,
+    0.003,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.07,
+    0.1,
+    0.14,
+    0.2,
+    0.3,
+    0.5,
+)  # shares of weights that the search dampens
+
 
 class Dampen(Callback):
     "Dampens weights before the first step; what was tried is in `tried`: (alpha, share of weights, forget loss)"
-    order = 35    # after `Teacher` has copied the network
-    def __init__(self, kind='square', alpha=None, lam=1., level=.5, of='zero_filled', n=None, n_level=16):
+
+    order = 35  # after `Teacher` has copied the network
+
+    def __init__(self, kind='square', alpha=None, lam=1.0, level=0.5, of='zero_filled', n=None, n_level=16):
         if not (alpha in (None, 'assd') or isinstance(alpha, (int, float)) and alpha > 0):
             raise ValueError(f"alpha must be a number above 0, 'assd' or None (search), found {alpha!r}")
-        if not 0 <= lam: raise ValueError(f'lam must be at least 0, found {lam!r}')
+        if not 0 <= lam:
+            raise ValueError(f'lam must be at least 0, found {lam!r}')
         check_level(level, of)
-        self.kind, self.alpha, self.lam, self.level, self.of, self.n, self.n_level = kind, alpha, lam, level, of, n, n_level
+        self.kind, self.alpha, self.lam, self.level, self.of, self.n, self.n_level = (
+            kind,
+            alpha,
+            lam,
+            level,
+            of,
+            n,
+            n_level,
+        )
+
     def before_fit(self):
         self.tried, self.params = [], [p for p in self.model.parameters() if p.requires_grad]
         self.i_f, self.i_r = (weight_scores(self.learn, side, self.kind, self.n) for side in (True, False))
-        alpha = self.alpha if isinstance(self.alpha, (int, float)) else self.at_top(self.assd_share()) if self.alpha else self.search()
+        alpha = (
+            self.alpha
+            if isinstance(self.alpha, (int, float))
+            else self.at_top(self.assd_share())
+            if self.alpha
+            else self.search()
+        )
         self.share = dampen(self.params, self.i_f, self.i_r, alpha, self.lam)
         self.used = alpha
         self.params = self.i_f = self.i_r = None
+
     def at_top(self, share):
         "The alpha above which a share of the weights lies"
-        ratio = torch.cat([(f/r.clamp_min(torch.finfo(r.dtype).tiny)).flatten() for f, r in zip(self.i_f, self.i_r)])
-        return ratio.kthvalue(max(1, len(ratio) - round(share*len(ratio)))).values.item()
+        ratio = torch.cat([(f / r.clamp_min(torch.finfo(r.dtype).tiny)).flatten() for f, r in zip(self.i_f, self.i_r)])
+        return ratio.kthvalue(max(1, len(ratio) - round(share * len(ratio)))).values.item()
+
     def assd_share(self):
         ds = self.dls.train.dataset
-        return log(1 + 100*np.mean([ds.forget[v] for v, _ in ds.items]))/100
+        return log(1 + 100 * np.mean([ds.forget[v] for v, _ in ds.items])) / 100
+
     def search(self):
-        tau, first = forget_level(self.learn, self.level, self.of, self.n_level), [p.detach().clone() for p in self.params]
+        tau, first = (
+            forget_level(self.learn, self.level, self.of, self.n_level),
+            [p.detach().clone() for p in self.params],
+        )
         for top in TOP:
             alpha = self.at_top(top)
             share = dampen(self.params, self.i_f, self.i_r, alpha, self.lam)
             self.tried.append((alpha, share, forget_losses(self.learn, self.n_level)[0]))
-            for p, q in zip(self.params, first): p.data.copy_(q)
+            for p, q in zip(self.params, first):
+                p.data.copy_(q)
         return min(self.tried, key=lambda t: abs(t[2] - tau))[0]
 
 # %% ../../nbs/51_unlearn.dampening.ipynb #fa9c88ea
 @method('retain')
-def ssd(alpha=None, lam=1., level=.5, of='zero_filled', n=None, retain_weight=1.):
+def ssd(alpha=None, lam=1.0, level=0.5, of='zero_filled', n=None, retain_weight=1.0):
     "Dampen the weights that matter more for forget slices than for retain slices, then fine-tune"
     return [Dampen('square', alpha, lam, level, of, n), RetainDescent(retain_weight)]
 
+
 @method('retain')
-def lfssd(alpha=None, lam=1., level=.5, of='zero_filled', n=None, retain_weight=1.):
+def lfssd(alpha=None, lam=1.0, level=0.5, of='zero_filled', n=None, retain_weight=1.0):
     "`ssd` with importances that need no targets"
     return [Dampen('norm', alpha, lam, level, of, n), RetainDescent(retain_weight)]
 
+
 @method('retain')
-def assd(lam=1., n=None, retain_weight=1.):
+def assd(lam=1.0, n=None, retain_weight=1.0):
     "`ssd` whose alpha follows from the share of the forget set"
     return [Dampen('square', 'assd', lam, n=n), RetainDescent(retain_weight)]
 
 # %% ../../nbs/51_unlearn.dampening.ipynb #85971f3e
 def top_share(
-    scores: list, # of tensors
-    share: float, # of all their elements, 0 to 1
-): # list of bool tensors
+    scores: list,  # of tensors
+    share: float,  # of all their elements, 0 to 1
+):  # list of bool tensors
     "True where the largest scores of all tensors together are"
-    if isinstance(share, bool) or not 0 <= share <= 1: raise ValueError(f'share must lie from 0 to 1, found {share!r}')
+    if isinstance(share, bool) or not 0 <= share <= 1:
+        raise ValueError(f'share must lie from 0 to 1, found {share!r}')
     flat = torch.cat([s.flatten() for s in scores])
     hit = torch.zeros_like(flat, dtype=torch.bool)
-    hit[flat.argsort(descending=True, stable=True)[:round(share*len(flat))]] = True
+    hit[flat.argsort(descending=True, stable=True)[: round(share * len(flat))]] = True
     return [h.view_as(s) for h, s in zip(hit.split([s.numel() for s in scores]), scores)]
+
 
 class OnlySalient(Callback):
     "Trains the share of weights with the largest |mean gradient| of the forget loss; all others stay as they are, to the bit"
-    order = 5    # after `OneStep` has decided that there is a step, before the gradient is clipped
-    def __init__(self, share=.5, n=None):
+
+    order = 5  # after `OneStep` has decided that there is a step, before the gradient is clipped
+
+    def __init__(self, share=0.5, n=None):
         top_share([torch.zeros(1)], share)
         self.share, self.n, self.held = share, n, []
+
     def before_fit(self):
         params = [p for p in self.model.parameters() if p.requires_grad]
         masks = top_share([s.abs() for s in weight_scores(self.learn, True, 'signed', self.n)], self.share)
         self.held = [(p, m, p.detach().clone()) for p, m in zip(params, masks)]
+
     def before_step(self):
         for p, m, _ in self.held:
-            if p.grad is not None: p.grad.mul_(m)
+            if p.grad is not None:
+                p.grad.mul_(m)
+
     def after_step(self):
-        for p, m, old in self.held: p.data.copy_(torch.where(m, p, old))
-    def after_fit(self): self.held = []
+        for p, m, old in self.held:
+            p.data.copy_(torch.where(m, p, old))
+
+    def after_fit(self):
+        self.held = []
+
 
 @method('both')
-def salun(share=.5, forget_weight=1., retain_weight=1., lam=.2, n=None):
+def salun(share=0.5, forget_weight=1.0, retain_weight=1.0, lam=0.2, n=None):
     "Noisy targets on forget slices, true targets on retain slices, for the weights that matter for the forget loss alone"
     return [OnlySalient(share, n), NoisyLabels(lam), ForgetDescent(forget_weight), RetainDescent(retain_weight)]
 
 # %% ../../nbs/51_unlearn.dampening.ipynb #0dd72935
 PARTS = ('last', 'decoder', 'saliency', 'random')
 
+
 def parts_of(
-    model,       # UNet or VarNet
+    model,  # UNet or VarNet
     which: str,  # 'last' or 'decoder'
-    k: int=1,    # how many blocks or cascades, for 'last'
-): # list of modules
+    k: int = 1,  # how many blocks or cascades, for 'last'
+):  # list of modules
     "The parts of a network that are near its output; raises `DataError` for a network that is neither U-Net nor VarNet"
     if not isinstance(model, (UNet, VarNet)):
-        raise DataError(f"the last layers of a {type(model).__name__} are unknown: expected a UNet or a VarNet; choose which='saliency'")
+        raise DataError(
+            f"the last layers of a {type(model).__name__} are unknown: expected a UNet or a VarNet; choose which='saliency'"
+        )
     blocks = len(model.cascades) if isinstance(model, VarNet) else model.num_pool_layers
-    if which == 'last' and not 1 <= k <= blocks: raise ValueError(f'k must lie from 1 to {blocks} for this network, found {k!r}')
+    if which == 'last' and not 1 <= k <= blocks:
+        raise ValueError(f'k must lie from 1 to {blocks} for this network, found {k!r}')
     if isinstance(model, VarNet):
-        return list(model.cascades[-k:]) if which == 'last' else [m for c in model.cascades for m in parts_of(c.model.unet, which)]
+        return (
+            list(model.cascades[-k:])
+            if which == 'last'
+            else [m for c in model.cascades for m in parts_of(c.model.unet, which)]
+        )
     first = -k if which == 'last' else 0
     return [*model.up_transpose_conv[first:], *model.up_conv[first:]]
 
 # %% ../../nbs/51_unlearn.dampening.ipynb #942cd877
 class ResetWeights(Callback):
     "Draws a part of the weights anew before the first step; `share` of all weights were redrawn"
-    order = 35    # after `Teacher` has copied the network
-    def __init__(self, which='saliency', k=1, share=.9, seed=0, n=None):
-        if which not in PARTS: raise ValueError(f'which must be one of {PARTS}, found {which!r}')
+
+    order = 35  # after `Teacher` has copied the network
+
+    def __init__(self, which='saliency', k=1, share=0.9, seed=0, n=None):
+        if which not in PARTS:
+            raise ValueError(f'which must be one of {PARTS}, found {which!r}')
         top_share([torch.zeros(1)], share)
         self.which, self.k, self.part, self.seed, self.n = which, k, share, seed, n
+
     def masks(self):
         "True for each weight to be drawn anew"
         params = [p for p in self.model.parameters() if p.requires_grad]
@@ -184,16 +255,28 @@ class ResetWeights(Callback):
         if self.which == 'random':
             gen = torch.Generator().manual_seed(self.seed)
             scores = [torch.rand(p.shape, generator=gen).to(p.device) for p in params]
-        else: scores = [-(a - b).abs() for a, b in zip(*(weight_scores(self.learn, side, 'signed', self.n) for side in (False, True)))]
-        found = iter(top_share([s for s, p in zip(scores, params) if p.ndim == 4], self.part))                   # convolutions only
+        else:
+            scores = [
+                -(a - b).abs()
+                for a, b in zip(*(weight_scores(self.learn, side, 'signed', self.n) for side in (False, True)))
+            ]
+        found = iter(top_share([s for s, p in zip(scores, params) if p.ndim == 4], self.part))  # convolutions only
         return [next(found) if p.ndim == 4 else torch.zeros_like(p, dtype=torch.bool) for p in params]
+
     def before_fit(self):
         masks, params = self.masks(), [p for p in self.model.parameters() if p.requires_grad]
         new = [q for p, q in zip(self.model.parameters(), fresh(self.model, self.seed).parameters()) if p.requires_grad]
-        for p, q, m in zip(params, new, masks): p.data.copy_(torch.where(m, q, p))
-        self.share = sum(m.sum().item() for m in masks)/sum(m.numel() for m in masks)
+        for p, q, m in zip(params, new, masks):
+            p.data.copy_(torch.where(m, q, p))
+        self.share = sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
+
 
 @method('retain')
-def reset_ft(which='saliency', k=1, share=.9, distill=1., retain_weight=1., reset_seed=0, n=None):
+def reset_ft(which='saliency', k=1, share=0.9, distill=1.0, retain_weight=1.0, reset_seed=0, n=None):
     "Draw a part of the weights anew, then fine-tune on retain slices with the Original as a teacher there"
-    return [Teacher('retain'), ResetWeights(which, k, share, reset_seed, n), RetainDescent(retain_weight), KeepAnswers(distill)]
+    return [
+        Teacher('retain'),
+        ResetWeights(which, k, share, reset_seed, n),
+        RetainDescent(retain_weight),
+        KeepAnswers(distill),
+    ]

@@ -16,61 +16,89 @@ from ..network.varnet import VarNet
 from .teachers import FORWARD, image_difference, outside, spend
 
 # %% ../../nbs/52_unlearn.level.ipynb #5e7be9f6
-SHADOW = {UNet: .035, VarNet: .455}   # of networks of `small`, on data sets with the seeds 0, 2 and 3 (VarNet: 0 and 2)
+SHADOW = {
+    UNet: 0.035,
+    VarNet: 0.455,
+}  # of networks of `small`, on data sets with the seeds 0, 2 and 3 (VarNet: 0 and 2)
+
 
 def shadow_level(model):
     "What an Oracle of this architecture keeps, where that was measured; else None"
     return next((level for kind, level in SHADOW.items() if isinstance(model, kind)), None)
 
+
 def over_zero_filled(
-    learn,   # a Learner that `unlearn` has made
+    learn,  # a Learner that `unlearn` has made
     n: int,  # forget slices of the training set to look at
-): # float
+):  # float
     "By how many dB the network's images are better than zero-filled ones, mean over forget slices"
     start, training, found = time.perf_counter(), learn.model.training, []
     learn.model.eval()
     with torch.no_grad():
         for xb, y in outside(learn, True, n, bs=4):
-            error = lambda image: image_difference(image, y.target, y).square().mean((1, 2))
-            found.append(10*torch.log10(error(y.image)/error(learn.model(*xb))))
+
+            def error(image):
+                return image_difference(image, y.target, y).square().mean((1, 2))
+
+            found.append(10 * torch.log10(error(y.image) / error(learn.model(*xb))))
     learn.model.train(training)
     found = torch.cat(found)
-    spend(learn, len(found)*FORWARD, time.perf_counter() - start)
+    spend(learn, len(found) * FORWARD, time.perf_counter() - start)
     return found.mean().item()
 
 # %% ../../nbs/52_unlearn.level.ipynb #f4d3e6e3
 def point_of(
-    aim,           # level that is looked for
-    probe,         # a point between 0 and 1
-    first, before, there, # levels at 0, at `probe` and at 1
-): # where, slope there
+    aim,  # level that is looked for
+    probe,  # a point between 0 and 1
+    first,
+    before,
+    there,  # levels at 0, at `probe` and at 1
+):  # where, slope there
     "Where on a line of networks a level lies: up to 1 on the parabola through the three known ones, straight on beyond; (1, 0) if the level does not fall towards the end"
-    fall, slope = (before - first)/probe, (there - before)/(1 - probe)
-    if not slope < 0: return 1., 0.
+    fall, slope = (before - first) / probe, (there - before) / (1 - probe)
+    if not slope < 0:
+        return 1.0, 0.0
     bend = slope - fall
-    if there > aim or bend <= 0: return 1 + (aim - there)/slope, slope
-    b = fall - probe*bend
-    root = (b*b - 4*bend*(first - aim))**.5
-    return (-b - root)/(2*bend), -root
+    if there > aim or bend <= 0:
+        return 1 + (aim - there) / slope, slope
+    b = fall - probe * bend
+    root = (b * b - 4 * bend * (first - aim)) ** 0.5
+    return (-b - root) / (2 * bend), -root
+
 
 class Settle(Callback):
     "Ends where the level on forget slices is the aimed one, on the line from the weights at the start to those at the end"
+
     order = 80
-    def __init__(self, level=None, looks=12, probe=.85, between=(.3, 1.6)):
+
+    def __init__(self, level=None, looks=12, probe=0.85, between=(0.3, 1.6)):
         self.level, self.looks, self.probe, self.between = level, looks, probe, between
+
     def before_fit(self):
         self.share, self.found = shadow_level(self.model) if self.level is None else self.level, {}
         self.start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.first = None if self.share is None else over_zero_filled(self.learn, self.looks)
-    def go(self, end, t): self.model.load_state_dict({k: torch.lerp(a, end[k], t) if a.is_floating_point() else end[k] for k, a in self.start.items()})
+
+    def go(self, end, t):
+        self.model.load_state_dict(
+            {k: torch.lerp(a, end[k], t) if a.is_floating_point() else end[k] for k, a in self.start.items()}
+        )
+
     def after_fit(self):
-        if self.share is None: return
+        if self.share is None:
+            return
         end = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        aim, there = self.share*self.first, over_zero_filled(self.learn, self.looks)
+        aim, there = self.share * self.first, over_zero_filled(self.learn, self.looks)
         self.go(end, self.probe)
         before = over_zero_filled(self.learn, self.looks)
-        within = lambda t: min(max(t, self.between[0]), self.between[1])
+
+        def within(t):
+            return min(max(t, self.between[0]), self.between[1])
+
         t, slope = point_of(aim, self.probe, self.first, before, there)
-        t = within(t); self.go(end, t)
-        if slope < 0: t = within(t + (aim - over_zero_filled(self.learn, self.looks))/slope); self.go(end, t)      # a step of Newton's
+        t = within(t)
+        self.go(end, t)
+        if slope < 0:
+            t = within(t + (aim - over_zero_filled(self.learn, self.looks)) / slope)
+            self.go(end, t)  # a step of Newton's
         self.found, self.start = dict(aim=aim, first=self.first, before=before, level=there, t=t), {}

@@ -15,15 +15,25 @@ from fastai.callback.core import Callback
 from ..data.slices import Targets
 from .catalog import method
 from .core import LossTerm, RetainDescent, WeightL1
-from .teachers import FORWARD, KeepAnswers, Teacher, TeacherTerm, image_distance, outside, rows_of, spend
+from mri_unlearn.unlearn.teachers import (
+    FORWARD,
+    KeepAnswers,
+    Teacher,
+    TeacherTerm,
+    image_distance,
+    outside,
+    rows_of,
+    spend,
+)
 
 # %% ../../nbs/49_unlearn.losses.ipynb #60eb363b
 LEVELS = ('zero_filled', 'start', 'loss')
 
+
 def forget_losses(
-    learn,      # a Learner that `unlearn` has made
-    n: int=16,  # slices to look at
-): # (loss of the network, loss of the zero-filled images), means over forget slices
+    learn,  # a Learner that `unlearn` has made
+    n: int = 16,  # slices to look at
+):  # (loss of the network, loss of the zero-filled images), means over forget slices
     "How well the network, and no network, do on forget slices"
     start, training, found = time.perf_counter(), learn.model.training, []
     learn.model.eval()
@@ -32,41 +42,51 @@ def forget_losses(
             found.append(torch.stack([learn.loss_func.per_item(p, *y) for p in (learn.model(*xb), y.image)], 1))
     learn.model.train(training)
     found = torch.cat(found)
-    spend(learn, len(found)*FORWARD, time.perf_counter() - start)
+    spend(learn, len(found) * FORWARD, time.perf_counter() - start)
     return tuple(found.mean(0).tolist())
 
+
 def forget_level(
-    learn,                  # a Learner that `unlearn` has made
-    level: float=.5,        # see `of`
-    of: str='zero_filled',  # 'zero_filled': share of the way from the loss at the start to that of zero-filled images;
-                            # 'start': times the loss at the start; 'loss': the loss itself
-    n: int=16,              # slices to look at
-): # float
+    learn,  # a Learner that `unlearn` has made
+    level: float = 0.5,  # see `of`
+    of: str = 'zero_filled',  # 'zero_filled': share of the way from the loss at the start to that of zero-filled images;
+    # 'start': times the loss at the start; 'loss': the loss itself
+    n: int = 16,  # slices to look at
+):  # float
     "The forget loss to aim at, found without an Oracle; raises ValueError for a level or a kind that makes no sense"
     check_level(level, of)
-    if of == 'loss': return level
+    if of == 'loss':
+        return level
     now, zero_filled = forget_losses(learn, n)
-    return level*now if of == 'start' else now + level*(zero_filled - now)
+    return level * now if of == 'start' else now + level * (zero_filled - now)
+
 
 def check_level(level, of):
-    if of not in LEVELS: raise ValueError(f'of must be one of {LEVELS}, found {of!r}')
+    if of not in LEVELS:
+        raise ValueError(f'of must be one of {LEVELS}, found {of!r}')
     if isinstance(level, bool) or not isinstance(level, (int, float)) or not level >= 0:
         raise ValueError(f'level must be a number of at least 0, found {level!r}')
 
 # %% ../../nbs/49_unlearn.losses.ipynb #4331bfd3
 class ForgetHinge(LossTerm):
     "+ w max(0, tau - L(x_f)): ascent on the forget slices up to a level of their loss, and not past it"
-    def __init__(self, weight=1., level=.5, of='zero_filled', n=16):
+
+    def __init__(self, weight=1.0, level=0.5, of='zero_filled', n=16):
         check_level(level, of)
         super().__init__(weight)
         self.level, self.of, self.n = level, of, n
-    def before_fit(self): self.tau = forget_level(self.learn, self.level, self.of, self.n)
+
+    def before_fit(self):
+        self.tau = forget_level(self.learn, self.level, self.of, self.n)
+
     def term(self):
-        if not self.is_forget.any(): return self.item_loss.sum()*0.
-        return self.now()*torch.relu(self.tau - self.mean_loss(self.is_forget))
+        if not self.is_forget.any():
+            return self.item_loss.sum() * 0.0
+        return self.now() * torch.relu(self.tau - self.mean_loss(self.is_forget))
+
 
 @method('both')
-def neggrad_hinge(forget_weight=1., retain_weight=1., level=.5, of='zero_filled', n=16, distill=0.):
+def neggrad_hinge(forget_weight=1.0, retain_weight=1.0, level=0.5, of='zero_filled', n=16, distill=0.0):
     "Ascent on forget slices up to a level of their loss, descent on retain slices of the same batch"
     keep = [Teacher('retain'), KeepAnswers(distill)] if distill else []
     return [ForgetHinge(forget_weight, level, of, n), RetainDescent(retain_weight), *keep]
@@ -74,73 +94,101 @@ def neggrad_hinge(forget_weight=1., retain_weight=1., level=.5, of='zero_filled'
 # %% ../../nbs/49_unlearn.losses.ipynb #04c56134
 class ForgetRepel(TeacherTerm):
     "+ w max(0, s d(f_0, zero-filled) - d(f, f_0)) on forget slices: away from the teacher, up to a distance"
-    def __init__(self, weight=1., share=.5):
+
+    def __init__(self, weight=1.0, share=0.5):
         check_level(share, 'loss')
         super().__init__(weight)
         self.share = share
+
     def term(self):
         y, f = Targets(*self.yb), self.is_forget
-        limit = self.share*image_distance(self.teacher_pred[f], y.image[f], rows_of(y, f))
-        return self.now()*self.mean_of(torch.relu(limit - self.distance(True)))
+        limit = self.share * image_distance(self.teacher_pred[f], y.image[f], rows_of(y, f))
+        return self.now() * self.mean_of(torch.relu(limit - self.distance(True)))
+
 
 class TakeTurns(Callback):
     "Every second step is ascent alone in the first part of the training; all others are descent alone"
-    order = 45    # between the terms and `LossTerms`
-    def __init__(self, ascent='ForgetRepel', until=.3): self.ascent, self.until = ascent, until
+
+    order = 45  # between the terms and `LossTerms`
+
+    def __init__(self, ascent='ForgetRepel', until=0.3):
+        self.ascent, self.until = ascent, until
+
     def after_loss(self):
-        if not self.training: return
-        up = (self.train_iter//self.parts) % 2 == 1 and self.pct_train < self.until
+        if not self.training:
+            return
+        up = (self.train_iter // self.parts) % 2 == 1 and self.pct_train < self.until
         self.learn.terms = {k: v for k, v in self.terms.items() if (k == self.ascent) == up}
 
+
 @method('both')
-def scrub_hinge(forget_weight=1., gamma=1., alpha=.5, share=.5, msteps=None):
+def scrub_hinge(forget_weight=1.0, gamma=1.0, alpha=0.5, share=0.5, msteps=None):
     "Away from the Original on forget slices up to a distance, close to it and to the truth on retain slices"
-    if msteps is not None and not 0 <= msteps <= 1: raise ValueError(f'msteps must be a share from 0 to 1 or None, found {msteps!r}')
+    if msteps is not None and not 0 <= msteps <= 1:
+        raise ValueError(f'msteps must be a share from 0 to 1 or None, found {msteps!r}')
     turns = [] if msteps is None else [TakeTurns(until=msteps)]
     return [Teacher(), ForgetRepel(forget_weight, share), RetainDescent(gamma), KeepAnswers(alpha), *turns]
 
 # %% ../../nbs/49_unlearn.losses.ipynb #4ab7f2aa
 class UnlearningAware(LossTerm):
     "+ w L(x_r) at theta + rho |theta| g_f/|g_f|; the gradient is applied at theta"
-    def __init__(self, weight=1., rho=.02):
-        if not rho >= 0: raise ValueError(f'rho must be at least 0, found {rho!r}')
+
+    def __init__(self, weight=1.0, rho=0.02):
+        if not rho >= 0:
+            raise ValueError(f'rho must be at least 0, found {rho!r}')
         super().__init__(weight)
         self.rho = rho
-    def before_fit(self): self.waiting, self.before = [], None
+
+    def before_fit(self):
+        self.waiting, self.before = [], None
+
     def move(self):
         "Go up the forget loss of this batch by rho |theta|"
         params = [p for p in self.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(self.mean_loss(self.is_forget), params, allow_unused=True)
-        norm = lambda tensors: torch.stack([t.norm() for t in tensors if t is not None]).norm()
-        step = self.rho*norm(params).detach()/norm(grads).clamp_min(torch.finfo(torch.float32).tiny)
+
+        def norm(tensors):
+            return torch.stack([t.norm() for t in tensors if t is not None]).norm()
+
+        step = self.rho * norm(params).detach() / norm(grads).clamp_min(torch.finfo(torch.float32).tiny)
         self.before = [(p, p.detach().clone()) for p in params]
         with torch.no_grad():
             for p, g in zip(params, grads):
-                if g is not None: p.add_(step*g)
+                if g is not None:
+                    p.add_(step * g)
+
     def term(self):
         keep = ~self.is_forget
-        if keep.any(): self.waiting.append((tuple(x[keep] for x in self.xb), rows_of(Targets(*self.yb), keep)))
-        if not self.is_forget.any(): return self.item_loss.sum()*0.
+        if keep.any():
+            self.waiting.append((tuple(x[keep] for x in self.xb), rows_of(Targets(*self.yb), keep)))
+        if not self.is_forget.any():
+            return self.item_loss.sum() * 0.0
         self.move()
-        (xb, y), = self.waiting
+        ((xb, y),) = self.waiting
         self.waiting = []
         spend(self.learn, len(y.forget))
-        return self.now()*self.loss_func.per_item(self.model(*xb), *y).mean()
+        return self.now() * self.loss_func.per_item(self.model(*xb), *y).mean()
+
     def after_backward(self):
-        for p, old in self.before or (): p.data.copy_(old)
+        for p, old in self.before or ():
+            p.data.copy_(old)
         self.before = None
 
+
 @method('both')
-def uam(rho=.02, retain_weight=1.):
+def uam(rho=0.02, retain_weight=1.0):
     "Descent on retain slices with the gradient found where the forget loss is higher"
     return [UnlearningAware(retain_weight, rho)]
 
 # %% ../../nbs/49_unlearn.losses.ipynb #37295a21
 class FadingL1(WeightL1):
     "+ alpha (1 - t/T) L_0 |theta|_1 / |theta_0|_1"
-    def now(self): return super().now()*(1 - float(self.pct_train))
+
+    def now(self):
+        return super().now() * (1 - float(self.pct_train))
+
 
 @method('retain')
-def l1_sparse(alpha=.2, retain_weight=1.):
+def l1_sparse(alpha=0.2, retain_weight=1.0):
     "Fine-tune on a fraction of the retain set with an L1 penalty that fades out"
     return [RetainDescent(retain_weight), FadingL1(alpha)]

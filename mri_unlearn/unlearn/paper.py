@@ -11,47 +11,54 @@ from .core import ForgetAscent, ForgetDescent, NoisyLabels, RetainDescent, Weigh
 
 # %% ../../nbs/46_unlearn.paper.ipynb #f681c599
 @method('retain', all_retain=True)
-def full_ft(): 
+def full_ft():
     "Fine-tune on the whole retain set"
     return [RetainDescent()]
+
 
 @method('retain')
 def sub_ft():
     "Fine-tune on a fraction of the retain set"
     return [RetainDescent()]
 
+
 @method('forget')
-def ga(forget_weight=1.):
+def ga(forget_weight=1.0):
     "Gradient ascent on the forget set"
     return [ForgetAscent(forget_weight)]
 
+
 @method('forget')
-def ga_l1(forget_weight=1., alpha=1.):
+def ga_l1(forget_weight=1.0, alpha=1.0):
     "Gradient ascent on the forget set with an L1 penalty on the weights"
     return [ForgetAscent(forget_weight), WeightL1(alpha)]
 
+
 @method('forget')
-def nl(forget_weight=1., lam=.2, noise_seed=0):
+def nl(forget_weight=1.0, lam=0.2, noise_seed=0):
     "Descent on the forget set with noisy targets"
     return [NoisyLabels(lam, noise_seed), ForgetDescent(forget_weight)]
 
 # %% ../../nbs/46_unlearn.paper.ipynb #94e502de
 @method('both')
-def ga_ft(forget_weight=1., retain_weight=1.):
+def ga_ft(forget_weight=1.0, retain_weight=1.0):
     "Gradient ascent on forget slices, descent on retain slices of the same batch"
     return [*ga(forget_weight), RetainDescent(retain_weight)]
 
+
 @method('both')
-def ga_l1_ft(forget_weight=1., retain_weight=1., alpha=1.):
+def ga_l1_ft(forget_weight=1.0, retain_weight=1.0, alpha=1.0):
     "`ga_ft` with an L1 penalty on the weights"
     return [*ga_l1(forget_weight, alpha), RetainDescent(retain_weight)]
 
+
 @method('both')
-def nl_ft(forget_weight=1., retain_weight=1., lam=.2, noise_seed=0):
+def nl_ft(forget_weight=1.0, retain_weight=1.0, lam=0.2, noise_seed=0):
     "Noisy targets on forget slices, true targets on retain slices of the same batch"
     return [*nl(forget_weight, lam, noise_seed), RetainDescent(retain_weight)]
 
+
 @method('both')
-def nl_ft_amortized(forget_weight=(.01, .5, 1.5), retain_weight=1., lam=.2, noise_seed=0):
+def nl_ft_amortized(forget_weight=(0.01, 0.5, 1.5), retain_weight=1.0, lam=0.2, noise_seed=0):
     "`nl_ft` whose forget term is weighted 0.01, 0.5 and 1.5 in the three thirds of the training"
     return nl_ft(forget_weight, retain_weight, lam, noise_seed)

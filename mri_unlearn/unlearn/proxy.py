@@ -18,36 +18,54 @@ from ..network.learner import to_image
 from .catalog import method
 from .core import BatchPlan, RetainDescent
 from .level import Settle
-from .teachers import FORWARD, Teacher, TeacherTerm, image_difference, in_part, outside, redraw, rows_of, spend, timed
+from mri_unlearn.unlearn.teachers import (
+    FORWARD,
+    Teacher,
+    TeacherTerm,
+    image_difference,
+    in_part,
+    outside,
+    redraw,
+    rows_of,
+    spend,
+    timed,
+)
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #77c2af40
-def one_cycle(peak): return combined_cos(.25, peak/25, peak, peak/1e5)
+def one_cycle(peak):
+    return combined_cos(0.25, peak / 25, peak, peak / 1e5)
+
 
 def train_proxy(
-    learn,        # a Learner that `unlearn` has made, before its first step
+    learn,  # a Learner that `unlearn` has made, before its first step
     slices: int,  # how many forward-backward passes may be spent
-    lr: float,    # peak of the one-cycle schedule
-    part: str='middle',
-    seed: int=0
-) -> nn.Module: # frozen, in eval mode
+    lr: float,  # peak of the one-cycle schedule
+    part: str = 'middle',
+    seed: int = 0,
+) -> nn.Module:  # frozen, in eval mode
     "The Original with a fresh part, after a short training on the retained slices at hand"
     dl, ds = learn.dls.train, learn.dls.train.dataset
     retain = [i for i, (v, _) in enumerate(ds.items) if not ds.forget[v]]
-    if not retain: raise DataError('a proxy needs retained slices; there are none at hand')
+    if not retain:
+        raise DataError('a proxy needs retained slices; there are none at hand')
     steps, proxy = max(1, int(slices)), redraw(learn.model, part, seed).requires_grad_(True).train()
     opt, schedule = torch.optim.AdamW(proxy.parameters(), lr=lr), one_cycle(lr)
     passes = dl.new(order=BatchPlan(retain, [], 1, steps, seed, ds.shape), seed=seed)
     for i, b in enumerate(passes):
-        for g in opt.param_groups: g['lr'] = schedule(i/steps)
-        x, y = mirrored(b[:ds.n_inp], Targets(*b[ds.n_inp:]), seed=(seed << 20) + i)
-        opt.zero_grad(); learn.loss_func.per_item(proxy(*x), *y).mean().backward(); opt.step()
+        for g in opt.param_groups:
+            g['lr'] = schedule(i / steps)
+        x, y = mirrored(b[: ds.n_inp], Targets(*b[ds.n_inp :]), seed=(seed << 20) + i)
+        opt.zero_grad()
+        learn.loss_func.per_item(proxy(*x), *y).mean().backward()
+        opt.step()
         spend(learn, len(y.target))
     return proxy.eval().requires_grad_(False)
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #d6639550
 def mirrored(x, y, seed):
     "A batch of images and `Targets`, mirrored along none, one or both of their axes; k-space is left alone"
-    if len(x) > 1: return x, y
+    if len(x) > 1:
+        return x, y
     flips = torch.randint(0, 4, (1,), generator=torch.Generator().manual_seed(seed)).item()
     dims = [d for k, d in ((1, -1), (2, -2)) if flips & k]
     return (x[0].flip(dims),), y._replace(target=y.target.flip(dims), image=y.image.flip(dims))
@@ -55,132 +73,229 @@ def mirrored(x, y, seed):
 # %% ../../nbs/53_unlearn.proxy.ipynb #94576785
 class Mirror(Callback):
     "Mirrors training batches of images, each batch in its own way"
+
     order = 5
-    def __init__(self, seed=0): self.seed = seed
+
+    def __init__(self, seed=0):
+        self.seed = seed
+
     def before_batch(self):
-        if not self.training: return
+        if not self.training:
+            return
         x, y = mirrored(self.xb, Targets(*self.yb), (self.seed << 20) + self.train_iter)
         self.learn.xb, self.learn.yb = tuple(x), tuple(y)
 
+
 class OneCycle(Callback):
     "A one-cycle schedule whose peak is `times` the learning rate of the fit"
+
     order = 60
-    def __init__(self, times=1.): self.times = times
-    def before_fit(self): self.schedule = one_cycle(self.times*self.opt.hypers[0]['lr'])
+
+    def __init__(self, times=1.0):
+        self.times = times
+
+    def before_fit(self):
+        self.schedule = one_cycle(self.times * self.opt.hypers[0]['lr'])
+
     def before_batch(self):
-        if self.training: self.opt.set_hyper('lr', self.schedule(min(self.pct_train, 1.)))
+        if self.training:
+            self.opt.set_hyper('lr', self.schedule(min(self.pct_train, 1.0)))
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #48f8b458
 class Movable(Callback):
     "Lets only one part of the network move"
+
     order = 15
-    def __init__(self, part='convolutions'): self.part = part
+
+    def __init__(self, part='convolutions'):
+        self.part = part
+
     def before_fit(self):
         self.held = [p for n, p in self.model.named_parameters() if p.requires_grad and not in_part(n, self.part)]
-        if len(self.held) == sum(p.requires_grad for p in self.model.parameters()): raise DataError(f'this {type(self.model).__name__} has no {self.part}: nothing could move')
-        for p in self.held: p.requires_grad_(False)
+        if len(self.held) == sum(p.requires_grad for p in self.model.parameters()):
+            raise DataError(f'this {type(self.model).__name__} has no {self.part}: nothing could move')
+        for p in self.held:
+            p.requires_grad_(False)
+
     def after_fit(self):
-        for p in self.held: p.requires_grad_(True)
+        for p in self.held:
+            p.requires_grad_(True)
         self.held = []
 
-def rms_distance(a, b, y): # as in `image_difference` -> float [B]
+
+def rms_distance(a, b, y):  # as in `image_difference` -> float [B]
     "Root mean square of a - b over the image, in standard deviations of the zero-filled slice; its gradient is 0 where both are equal"
     return (image_difference(a, b, y).square().mean((1, 2)) + 1e-6).sqrt()
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #c3079185
 class KeepImages(TeacherTerm):
     "+ w rms(f(x_r) - f_0(x_r)): answer retained slices as the teacher does"
+
     def term(self):
         rows = ~self.is_forget
-        return self.now()*self.mean_of(rms_distance(self.pred[rows], self.learn.teacher_pred[rows], rows_of(Targets(*self.yb), rows)))
+        return self.now() * self.mean_of(
+            rms_distance(self.pred[rows], self.learn.teacher_pred[rows], rows_of(Targets(*self.yb), rows))
+        )
+
 
 class ProxyMatch(TeacherTerm):
     "+ w rms(f(x_f) - p(x_f) - gamma (p(x_f) - y_f)), p the mean of the proxies, which are trained before the first step"
+
     _stateattrs = ('proxies',)
-    def __init__(self, weight=1., gamma=1., proxies=1, part='middle', times=6., share=.15, seed=0):
+
+    def __init__(self, weight=1.0, gamma=1.0, proxies=1, part='middle', times=6.0, share=0.15, seed=0):
         super().__init__(weight)
-        self.gamma, self.n, self.part, self.times, self.share, self.seed, self.proxies = gamma, proxies, part, times, share, seed, None
+        self.gamma, self.n, self.part, self.times, self.share, self.seed, self.proxies = (
+            gamma,
+            proxies,
+            part,
+            times,
+            share,
+            seed,
+            None,
+        )
+
     def before_fit(self):
-        lr, each = self.times*self.opt.hypers[0]['lr'], self.share*self.learn.budget/self.n
-        with timed(self.learn): self.proxies = [train_proxy(self.learn, each, lr, self.part, 100*self.seed + i) for i in range(self.n)]
+        lr, each = self.times * self.opt.hypers[0]['lr'], self.share * self.learn.budget / self.n
+        with timed(self.learn):
+            self.proxies = [train_proxy(self.learn, each, lr, self.part, 100 * self.seed + i) for i in range(self.n)]
+
     def target(self, rows, y):
         "What the network is pulled to: images of the forgotten slices of the batch, beyond the proxies"
-        with torch.no_grad(): p = sum(to_image(net(*(x[rows] for x in self.xb)), y) for net in self.proxies)/self.n
-        spend(self.learn, FORWARD*self.n*int(rows.sum()))
-        return p + self.gamma*(p - y.target)
+        with torch.no_grad():
+            p = sum(to_image(net(*(x[rows] for x in self.xb)), y) for net in self.proxies) / self.n
+        spend(self.learn, FORWARD * self.n * int(rows.sum()))
+        return p + self.gamma * (p - y.target)
+
     def term(self):
         rows = self.is_forget
-        if not rows.any(): return self.item_loss.sum()*0.
+        if not rows.any():
+            return self.item_loss.sum() * 0.0
         y = rows_of(Targets(*self.yb), rows)
-        return self.now()*rms_distance(self.pred[rows], self.target(rows, y), y).mean()
-    def after_fit(self): self.proxies = None
+        return self.now() * rms_distance(self.pred[rows], self.target(rows, y), y).mean()
+
+    def after_fit(self):
+        self.proxies = None
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #17f04134
-def is_plain(m): return isinstance(m, nn.Conv2d) and m.groups == 1 and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
+def is_plain(m):
+    return isinstance(m, nn.Conv2d) and m.groups == 1 and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
+
 
 def input_moments(
-    learn,     # a Learner that `unlearn` has made
-    n: int=8,  # retained slices to look at
-): # convolution -> float [d, d], d = input channels * size of the kernel
+    learn,  # a Learner that `unlearn` has made
+    n: int = 8,  # retained slices to look at
+):  # convolution -> float [d, d], d = input channels * size of the kernel
     "Mean of a a^T over the input patches a of each convolution that may move, on retained slices"
     found, training, seen = {}, learn.model.training, 0
     learn.model.eval()
+
     def look(m, inputs, _):
-        with torch.autocast(inputs[0].device.type, enabled=False):      # in half precision, C would lose its small eigenvalues
+        with torch.autocast(
+            inputs[0].device.type, enabled=False
+        ):  # in half precision, C would lose its small eigenvalues
             a = nn.functional.unfold(inputs[0].float(), m.kernel_size, m.dilation, m.padding, m.stride)
-            found[m] = found.get(m, 0.) + torch.einsum('bil,bjl->ij', a, a).cpu().double()/a.shape[2]/len(a)
+            found[m] = found.get(m, 0.0) + torch.einsum('bil,bjl->ij', a, a).cpu().double() / a.shape[2] / len(a)
+
     hooks = [m.register_forward_hook(look) for m in learn.model.modules() if is_plain(m) and m.weight.requires_grad]
     try:
         with torch.no_grad():
-            for xb, _ in outside(learn, False, n): learn.model(*xb); seen += 1
+            for xb, _ in outside(learn, False, n):
+                learn.model(*xb)
+                seen += 1
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
         learn.model.train(training)
-    spend(learn, seen*FORWARD)
-    return {m: c/seen for m, c in found.items()}
+    spend(learn, seen * FORWARD)
+    return {m: c / seen for m, c in found.items()}
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #7f2543bc
 def free_directions(c, damping):
     "damping (c/mean eigenvalue + damping)^-1: hardly changes what lies where c is small, shrinks the rest"
-    if not torch.isfinite(c).all(): raise DataError('the network answers retained slices with values that are not finite: its training has diverged; check its weights')
+    if not torch.isfinite(c).all():
+        raise DataError(
+            'the network answers retained slices with values that are not finite: its training has diverged; check its weights'
+        )
     eye = torch.eye(len(c), dtype=c.dtype)
-    scale = (c.trace()/len(c)).clamp(min=torch.finfo(c.dtype).tiny)
-    return damping*torch.cholesky_inverse(torch.linalg.cholesky(c/scale + damping*eye))
+    scale = (c.trace() / len(c)).clamp(min=torch.finfo(c.dtype).tiny)
+    return damping * torch.cholesky_inverse(torch.linalg.cholesky(c / scale + damping * eye))
+
 
 class SpareRetained(Callback):
     "Bends each update of a convolution into directions that its inputs on retained slices hardly use; its length stays"
+
     order = 70
-    def __init__(self, damping=.01, n=8):
-        if not damping > 0: raise DataError(f'the damping must be above 0, found {damping}')
+
+    def __init__(self, damping=0.01, n=8):
+        if not damping > 0:
+            raise DataError(f'the damping must be above 0, found {damping}')
         self.damping, self.n, self.free, self.before = damping, n, {}, {}
+
     def before_fit(self):
-        with timed(self.learn): self.free = {m: free_directions(c, self.damping).to(m.weight) for m, c in input_moments(self.learn, self.n).items()}
-    def before_step(self): self.before = {m: m.weight.detach().clone() for m in self.free}
+        with timed(self.learn):
+            self.free = {
+                m: free_directions(c, self.damping).to(m.weight) for m, c in input_moments(self.learn, self.n).items()
+            }
+
+    def before_step(self):
+        self.before = {m: m.weight.detach().clone() for m in self.free}
+
     def after_step(self):
         with torch.no_grad():
             for m, w in self.before.items():
                 d = (m.weight - w).flatten(1)
                 bent = d @ self.free[m]
-                m.weight.copy_(w + (bent*(d.norm()/bent.norm().clamp(min=1e-20))).view_as(w))
-    def after_fit(self): self.free, self.before = {}, {}
+                m.weight.copy_(w + (bent * (d.norm() / bent.norm().clamp(min=1e-20))).view_as(w))
+
+    def after_fit(self):
+        self.free, self.before = {}, {}
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #caf42cfd
-@method('both', bs=2, share=.58)
-def proxy(forget_weight=1., retain_weight=2., gamma=1., shadow_level=None, damping=.01, proxies=1, part='middle', moves='convolutions', proxy_lr=6., peak=9., proxy_seed=0):
+@method('both', bs=2, share=0.58)
+def proxy(
+    forget_weight=1.0,
+    retain_weight=2.0,
+    gamma=1.0,
+    shadow_level=None,
+    damping=0.01,
+    proxies=1,
+    part='middle',
+    moves='convolutions',
+    proxy_lr=6.0,
+    peak=9.0,
+    proxy_seed=0,
+):
     "Pulled to a proxy on forget slices and to the Original on retain slices, by updates that retain slices hardly feel; ends at the level of a shadow's Oracle"
-    if proxies < 1: raise DataError(f'expected at least one proxy, found {proxies}')
-    for p in (part, moves): in_part('', p)      # complains of an unknown one
-    return [Mirror(proxy_seed), Teacher('retain'), KeepImages(retain_weight), Movable(moves), OneCycle(peak), SpareRetained(damping),
-            Settle(shadow_level), ProxyMatch(forget_weight, gamma, proxies, part, proxy_lr, seed=proxy_seed)]
+    if proxies < 1:
+        raise DataError(f'expected at least one proxy, found {proxies}')
+    for p in (part, moves):
+        in_part('', p)  # complains of an unknown one
+    return [
+        Mirror(proxy_seed),
+        Teacher('retain'),
+        KeepImages(retain_weight),
+        Movable(moves),
+        OneCycle(peak),
+        SpareRetained(damping),
+        Settle(shadow_level),
+        ProxyMatch(forget_weight, gamma, proxies, part, proxy_lr, seed=proxy_seed),
+    ]
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #30ee5469
 class FromScratch(Callback):
     "Draws all weights anew before the first step"
+
     order = 10
-    def __init__(self, seed=0): self.seed = seed
-    def before_fit(self): self.model.load_state_dict(redraw(self.model, 'all', self.seed).state_dict())
+
+    def __init__(self, seed=0):
+        self.seed = seed
+
+    def before_fit(self):
+        self.model.load_state_dict(redraw(self.model, 'all', self.seed).state_dict())
+
 
 @method('retain', bs=1)
-def retrain(peak=5., reset_seed=0):
+def retrain(peak=5.0, reset_seed=0):
     "Train from scratch on the retain fraction, one slice a step, with the budget of the other methods"
     return [FromScratch(reset_seed), Mirror(reset_seed), OneCycle(peak), RetainDescent()]

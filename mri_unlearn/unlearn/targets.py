@@ -26,120 +26,171 @@ from .teachers import FORWARD, KeepAnswers, Teacher, TeacherTerm, fresh, spend
 # %% ../../nbs/50_unlearn.targets.ipynb #32ba848e
 class RandomTeacher(Teacher):
     "A frozen network of the same shape that was never trained; leaves its answers in `learn.random_pred`"
+
     into = 'random_pred'
+
     def __init__(self, which='forget', seed=0):
         super().__init__(which)
         self.seed = seed
-    def network(self): return fresh(self.model, self.seed)
+
+    def network(self):
+        return fresh(self.model, self.seed)
+
 
 class ForgetLikeRandom(TeacherTerm):
     "+ w d(f(x_f), f_random(x_f))"
-    def term(self): return self.now()*self.mean_of(self.distance(True, 'random_pred'))
+
+    def term(self):
+        return self.now() * self.mean_of(self.distance(True, 'random_pred'))
+
 
 @method('both')
-def bad_teacher(forget_weight=1., retain_weight=1., teacher_seed=0):
+def bad_teacher(forget_weight=1.0, retain_weight=1.0, teacher_seed=0):
     "Answer forget slices like a random network, retain slices like the Original"
-    return [Teacher('retain'), RandomTeacher('forget', teacher_seed), ForgetLikeRandom(forget_weight), KeepAnswers(retain_weight)]
+    return [
+        Teacher('retain'),
+        RandomTeacher('forget', teacher_seed),
+        ForgetLikeRandom(forget_weight),
+        KeepAnswers(retain_weight),
+    ]
 
 # %% ../../nbs/50_unlearn.targets.ipynb #6838d483
 def encoder_ends(model):
     "The modules at which the encoders of a network end; raises `DataError` for a network that is neither U-Net nor VarNet"
-    if isinstance(model, UNet): return [model.conv]
-    if isinstance(model, VarNet): return [c.model.unet.conv for c in model.cascades]
-    raise DataError(f'encoder_match knows where the encoder of a UNet or a VarNet ends, not that of a {type(model).__name__}; choose another method')
+    if isinstance(model, UNet):
+        return [model.conv]
+    if isinstance(model, VarNet):
+        return [c.model.unet.conv for c in model.cascades]
+    raise DataError(
+        f'encoder_match knows where the encoder of a UNet or a VarNet ends, not that of a {type(model).__name__}; choose another method'
+    )
+
 
 @contextmanager
 def listening(model):
     "Collects what the encoders of `model` say while the block runs"
     said = []
     hooks = [m.register_forward_hook(lambda m, i, o: said.append(o)) for m in encoder_ends(model)]
-    try: yield said
+    try:
+        yield said
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
+
 
 def noise_like(
     x: torch.Tensor,  # [B, 1, h, w], or complex k-space [B, coils, H, W] with zeros where nothing was measured
-    generator,        # on the CPU
-): # the same shape
+    generator,  # on the CPU
+):  # the same shape
     "Gaussian noise with the mean and standard deviation of each slice; in k-space where it was measured"
     noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
     if x.is_complex():
         there = x != 0
-        return noise*there*(x.abs().square().sum((1, 2, 3))/there.sum((1, 2, 3)).clamp_min(1)).sqrt()[:, None, None, None]
-    return noise*x.std((1, 2, 3), keepdim=True) + x.mean((1, 2, 3), keepdim=True)
+        return (
+            noise
+            * there
+            * (x.abs().square().sum((1, 2, 3)) / there.sum((1, 2, 3)).clamp_min(1)).sqrt()[:, None, None, None]
+        )
+    return noise * x.std((1, 2, 3), keepdim=True) + x.mean((1, 2, 3), keepdim=True)
 
 # %% ../../nbs/50_unlearn.targets.ipynb #91ee640d
 class EncoderMatch(LossTerm):
     "+ |E(x_r) - E_0(x_r)|^2 + alpha |E(x_f) - E_0(n)|^2, relative to |E_0|^2"
-    def __init__(self, alpha=.2, weight=1., seed=0):
+
+    def __init__(self, alpha=0.2, weight=1.0, seed=0):
         super().__init__(weight)
         self.alpha, self.seed, self.net = alpha, seed, None
+
     def before_fit(self):
         encoder_ends(self.model)
         self.net = deepcopy(self.model).eval().requires_grad_(False)
         self.generator = torch.Generator().manual_seed(self.seed)
+
     def before_batch(self):
-        if not self.training: return
+        if not self.training:
+            return
         self.ear = listening(self.model)
         self.said = self.ear.__enter__()
+
     def after_pred(self):
-        if not self.training: return
+        if not self.training:
+            return
         self.ear.__exit__(None, None, None)
         x, *rest = self.xb
         x = torch.where(Targets(*self.yb).forget[:, None, None, None], noise_like(x, self.generator), x)
-        with listening(self.net) as taught, torch.no_grad(): self.net(x, *rest)
-        spend(self.learn, len(x)*FORWARD)
-        self.far = sum((a - b).square().mean((1, 2, 3))/b.square().mean((1, 2, 3)) for a, b in zip(self.said, taught))/len(taught)
+        with listening(self.net) as taught, torch.no_grad():
+            self.net(x, *rest)
+        spend(self.learn, len(x) * FORWARD)
+        self.far = sum(
+            (a - b).square().mean((1, 2, 3)) / b.square().mean((1, 2, 3)) for a, b in zip(self.said, taught)
+        ) / len(taught)
+
     def term(self):
-        r, f = (self.far[rows].mean() if rows.any() else 0. for rows in (~self.is_forget, self.is_forget))
-        return self.now()*(r + self.alpha*f)
-    def after_fit(self): self.net = self.ear = self.said = self.far = None
+        r, f = (self.far[rows].mean() if rows.any() else 0.0 for rows in (~self.is_forget, self.is_forget))
+        return self.now() * (r + self.alpha * f)
+
+    def after_fit(self):
+        self.net = self.ear = self.said = self.far = None
+
 
 @method('both')
-def encoder_match(alpha=.2, noise_seed=0):
+def encoder_match(alpha=0.2, noise_seed=0):
     "Encode forget slices like noise, retain slices as the Original does"
     return [EncoderMatch(alpha, seed=noise_seed)]
 
 # %% ../../nbs/50_unlearn.targets.ipynb #f2e592c1
 class PureNoise(NoisyLabels):
     "Targets of forget slices are lam * max_value * N(0,1), in training batches only"
+
     def spoil(self, y):
         noise = torch.randn(y.target.shape, generator=self.generator).to(y.target.device)
-        return self.lam*y.max_value[:, None, None]*noise
+        return self.lam * y.max_value[:, None, None] * noise
+
     def before_batch(self):
-        if not self.training: return
+        if not self.training:
+            return
         y = Targets(*self.yb)
         self.learn.yb = tuple(y._replace(target=torch.where(y.forget[:, None, None], self.spoil(y), y.target)))
 
+
 class ShiftedTargets(PureNoise):
     "Adds the median of lam * max_value * |N(0,1)| to the targets of forget slices"
-    def spoil(self, y): return y.target + self.lam*.6744898*y.max_value[:, None, None]
+
+    def spoil(self, y):
+        return y.target + self.lam * 0.6744898 * y.max_value[:, None, None]
+
 
 @method('both')
-def nl_pure(forget_weight=1., retain_weight=1., lam=1., noise_seed=0):
+def nl_pure(forget_weight=1.0, retain_weight=1.0, lam=1.0, noise_seed=0):
     "Nothing but noise as the target of forget slices, true targets on retain slices"
     return [PureNoise(lam, noise_seed), ForgetDescent(forget_weight), RetainDescent(retain_weight)]
 
+
 @method('both')
-def nl_shifted(forget_weight=1., retain_weight=1., lam=.2):
+def nl_shifted(forget_weight=1.0, retain_weight=1.0, lam=0.2):
     "Targets of forget slices brighter by the median of the noise of `nl_ft`, true targets on retain slices"
     return [ShiftedTargets(lam), ForgetDescent(forget_weight), RetainDescent(retain_weight)]
 
 # %% ../../nbs/50_unlearn.targets.ipynb #58626c2e
 class BlendedTargets(Callback):
     "Targets of forget slices are (1 - s) teacher + s zero-filled, in training batches only"
-    order = 35    # after `Teacher`, before the loss
-    def __init__(self, share=.5):
+
+    order = 35  # after `Teacher`, before the loss
+
+    def __init__(self, share=0.5):
         check_level(share, 'loss')
         self.share = share
+
     def after_pred(self):
-        if not self.training: return
+        if not self.training:
+            return
         y = Targets(*self.yb)
         blend = torch.lerp(to_image(self.teacher_pred, y), y.image, self.share)
         self.learn.yb = tuple(y._replace(target=torch.where(y.forget[:, None, None], blend, y.target)))
 
+
 @method('both')
-def zero_filled_ft(forget_weight=1., retain_weight=1., share=.5, distill=0.):
+def zero_filled_ft(forget_weight=1.0, retain_weight=1.0, share=0.5, distill=0.0):
     "Between the Original's image and the zero-filled one on forget slices, true targets on retain slices"
     keep = [Teacher('all'), KeepAnswers(distill)] if distill else [Teacher('forget')]
     return [*keep, BlendedTargets(share), ForgetDescent(forget_weight), RetainDescent(retain_weight)]

@@ -28,128 +28,175 @@ from ..network.weights import seeded
 from .core import LossTerm
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #45bdc126
-FORWARD = 1/3    # of a forward-backward pass
+FORWARD = 1 / 3  # of a forward-backward pass
+
 
 def spend(
-    learn,       # Learner, with or without a `WorkMeter`
-    slices,      # forward-backward passes of one slice; a forward pass alone counts `FORWARD`
-    seconds=0.,  # only for work outside of the epochs: there the meter's own clock stands still
+    learn,  # Learner, with or without a `WorkMeter`
+    slices,  # forward-backward passes of one slice; a forward pass alone counts `FORWARD`
+    seconds=0.0,  # only for work outside of the epochs: there the meter's own clock stands still
 ):
     "Put work that is not an ordinary step on the Learner's meter"
     meter = getattr(learn, 'work_meter', None)
-    if meter is not None: meter.slices, meter.seconds = meter.slices + slices, meter.seconds + seconds
+    if meter is not None:
+        meter.slices, meter.seconds = meter.slices + slices, meter.seconds + seconds
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #35466cbc
-def _listed(batches, epoch): return batches
+def _listed(batches, epoch):
+    return batches
+
 
 def outside(
-    learn,         # a Learner that `unlearn` has made
+    learn,  # a Learner that `unlearn` has made
     forget: bool,  # which side
-    n: int=None,   # how many slices, evenly chosen; None: all
-    bs: int=1,     # slices in a batch
-): # pairs of the network's inputs and `Targets`
+    n: int = None,  # how many slices, evenly chosen; None: all
+    bs: int = 1,  # slices in a batch
+):  # pairs of the network's inputs and `Targets`
     "Batches of one side for work outside of the steps, with the masks of the first epoch; raises `DataError` where there are none"
     dl = learn.dls.train
     items = [i for i, (v, _) in enumerate(dl.dataset.items) if dl.dataset.forget[v] == forget]
-    if not items: raise DataError(f"no {'forget' if forget else 'retain'} slices to look at; check the request")
-    if n: items = [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)))]
+    if not items:
+        raise DataError(f'no {"forget" if forget else "retain"} slices to look at; check the request')
+    if n:
+        items = [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)))]
     n_inp = dl.dataset.n_inp
-    for b in dl.new(order=partial(_listed, buckets(items, dl.dataset.shape, bs))): yield tuple(b[:n_inp]), Targets(*b[n_inp:])
+    for b in dl.new(order=partial(_listed, buckets(items, dl.dataset.shape, bs))):
+        yield tuple(b[:n_inp]), Targets(*b[n_inp:])
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #6b171444
 SIDES = ('all', 'retain', 'forget')
 
+
 class Teacher(Callback):
     "A frozen copy of the network as it is before the fit; leaves its answers in `learn.teacher_pred`"
-    order, into, _stateattrs = 30, 'teacher_pred', ('net',)       # before the terms and `LossTerms`
-    def __init__(self, which='all'):     # the slices that it is asked about: 'all', 'retain' or 'forget'
-        if which not in SIDES: raise ValueError(f'which must be one of {SIDES}, found {which!r}')
+
+    order, into, _stateattrs = 30, 'teacher_pred', ('net',)  # before the terms and `LossTerms`
+
+    def __init__(self, which='all'):  # the slices that it is asked about: 'all', 'retain' or 'forget'
+        if which not in SIDES:
+            raise ValueError(f'which must be one of {SIDES}, found {which!r}')
         self.which, self.net = which, None
+
     def network(self):
         "The teacher; override for another one"
         return deepcopy(self.model)
-    def before_fit(self): self.net = self.network().eval().requires_grad_(False)
+
+    def before_fit(self):
+        self.net = self.network().eval().requires_grad_(False)
+
     def after_pred(self):
-        if not self.training: return
+        if not self.training:
+            return
         y, answer = Targets(*self.yb), self.pred.detach().clone()
         rows = torch.ones_like(y.forget) if self.which == 'all' else y.forget == (self.which == 'forget')
         if rows.any():
-            with torch.no_grad(): answer[rows] = self.net(*(x[rows] for x in self.xb)).to(answer.dtype)
-            spend(self.learn, rows.sum().item()*FORWARD)
+            with torch.no_grad():
+                answer[rows] = self.net(*(x[rows] for x in self.xb)).to(answer.dtype)
+            spend(self.learn, rows.sum().item() * FORWARD)
         setattr(self.learn, self.into, answer)
+
     def after_fit(self):
         self.net = None
-        if hasattr(self.learn, self.into): delattr(self.learn, self.into)
+        if hasattr(self.learn, self.into):
+            delattr(self.learn, self.into)
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #916daba0
-ROUNDING = 1e-5    # standard deviations; two passes of one network may differ by as much
+ROUNDING = 1e-5  # standard deviations; two passes of one network may differ by as much
+
 
 def image_difference(
-    a, b,        # outputs of a network, or images [B, h, w] in the units of the file
+    a,
+    b,  # outputs of a network, or images [B, h, w] in the units of the file
     y: Targets,  # of the same slices
-): # float [B, h, w]
+):  # float [B, h, w]
     "a - b as images, in standard deviations of the zero-filled slice"
-    return (to_image(a, y) - to_image(b, y))/y.std[:, None, None]
+    return (to_image(a, y) - to_image(b, y)) / y.std[:, None, None]
 
-def image_distance(a, b, y): # as above -> float [B]
+
+def image_distance(a, b, y):  # as above -> float [B]
     "Mean |a - b| of the images, in standard deviations of the zero-filled slice"
     return nn.functional.softshrink(image_difference(a, b, y), ROUNDING).abs().mean((1, 2))
 
-def rows_of(y, rows): # `rows`: bool [B]
+
+def rows_of(y, rows):  # `rows`: bool [B]
     "The `Targets` of some slices of a batch"
     return Targets(*(t[rows] for t in y))
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #5d9750bf
 class TeacherTerm(LossTerm):
     "Base of terms that compare the network with a teacher"
-    def mean_of(self, values): return values.mean() if len(values) else self.item_loss.sum()*0.
+
+    def mean_of(self, values):
+        return values.mean() if len(values) else self.item_loss.sum() * 0.0
+
     def distance(self, forget: bool, teacher='teacher_pred'):
         "[n] distances to the teacher's answer on the slices of one side"
         rows = self.is_forget == forget
         return image_distance(self.pred[rows], getattr(self.learn, teacher)[rows], rows_of(Targets(*self.yb), rows))
 
+
 class KeepAnswers(TeacherTerm):
     "+ w d(f(x_r), f_0(x_r)): answer retained slices as the teacher does"
-    def term(self): return self.now()*self.mean_of(self.distance(False))
+
+    def term(self):
+        return self.now() * self.mean_of(self.distance(False))
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #cc6f3e8e
-FRESH = 10**6    # fresh(model, 0) must not draw what new_unet(0) drew: its weights would be those that the Original began with
+FRESH = (
+    10**6
+)  # fresh(model, 0) must not draw what new_unet(0) drew: its weights would be those that the Original began with
+
 
 def fresh(
-    model: nn.Module, # stays as it is
-    seed: int=0       # of the new weights
-): # nn.Module
+    model: nn.Module,  # stays as it is
+    seed: int = 0,  # of the new weights
+):  # nn.Module
     "A copy with new weights in every layer; raises `DataError` where a layer does not know how to draw them"
     model = deepcopy(model)
     with seeded(FRESH + seed), torch.no_grad():
         for name, m in model.named_modules():
-            if hasattr(m, 'reset_parameters'): m.reset_parameters()
-            elif isinstance(m, VarNetBlock): m.dc_weight.fill_(1.)
+            if hasattr(m, 'reset_parameters'):
+                m.reset_parameters()
+            elif isinstance(m, VarNetBlock):
+                m.dc_weight.fill_(1.0)
             elif next(m.parameters(recurse=False), None) is not None:
-                raise DataError(f'layer {name!r} ({type(m).__name__}) has weights but no reset_parameters: its first weights are unknown')
+                raise DataError(
+                    f'layer {name!r} ({type(m).__name__}) has weights but no reset_parameters: its first weights are unknown'
+                )
     return model
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #eb3265af
 BOTTLENECK, SENSITIVITY = r'(^|\.)conv\.layers', r'(^|\.)sens_net\.'
-PARTS = {'middle': rf'down_sample_layers\.[1-9]|{BOTTLENECK}', 'encoder': rf'down_sample_layers|{BOTTLENECK}', 'decoder': 'up_conv|up_transpose_conv',
-         'convolutions': rf'down_sample_layers|up_conv|{BOTTLENECK}', 'all': ''}      # 'convolutions': all but the transposed ones
+PARTS = {
+    'middle': rf'down_sample_layers\.[1-9]|{BOTTLENECK}',
+    'encoder': rf'down_sample_layers|{BOTTLENECK}',
+    'decoder': 'up_conv|up_transpose_conv',
+    'convolutions': rf'down_sample_layers|up_conv|{BOTTLENECK}',
+    'all': '',
+}  # 'convolutions': all but the transposed ones
+
 
 def in_part(name, part):
     "Whether a layer or weight belongs to a part of the network, a sensitivity network only to 'all'; raises `DataError` where there is no such part"
-    if part not in PARTS: raise DataError(f'unknown part {part!r} of a network: expected one of {", ".join(PARTS)}')
+    if part not in PARTS:
+        raise DataError(f'unknown part {part!r} of a network: expected one of {", ".join(PARTS)}')
     return re.search(PARTS[part], name) is not None and (part == 'all' or not re.search(SENSITIVITY, name))
 
+
 def redraw(
-    model: nn.Module,    # stays as it is
-    part: str='middle',  # key of `PARTS`
-    seed: int=0          # of the new weights
+    model: nn.Module,  # stays as it is
+    part: str = 'middle',  # key of `PARTS`
+    seed: int = 0,  # of the new weights
 ) -> nn.Module:
     "A copy of a network with new first weights in one part. Raises `DataError` where there is no such part."
     model, drawn = deepcopy(model), 0
     with seeded(seed):
         for name, m in model.named_modules():
-            if hasattr(m, 'reset_parameters') and in_part(name, part): m.reset_parameters(); drawn += 1
-    if not drawn: raise DataError(f'this {type(model).__name__} has no {part}: none of its layers has such a name')
+            if hasattr(m, 'reset_parameters') and in_part(name, part):
+                m.reset_parameters()
+                drawn += 1
+    if not drawn:
+        raise DataError(f'this {type(model).__name__} has no {part}: none of its layers has such a name')
     return model
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #74ba45d0
@@ -157,5 +204,7 @@ def redraw(
 def timed(learn):
     "Puts the seconds of work outside of the epochs on the Learner's meter"
     start = time.perf_counter()
-    try: yield
-    finally: spend(learn, 0., time.perf_counter() - start)
+    try:
+        yield
+    finally:
+        spend(learn, 0.0, time.perf_counter() - start)

@@ -20,57 +20,83 @@ def _matrix(rows, split):
     s = _scores(rows, split=split)
     return s.assign(seed=s.seed.fillna(0)).groupby(['patient', 'seed']).psnr.mean().unstack('seed')
 
+
 def _share(zero, oracle, trained):
     "Share of the level gained, and its interval over patients and Oracle seeds; arrays [patients], [patients, seeds], [patients]"
+
     def at(i, j, axis=-1):
         i, j = i.astype(int), j.astype(int)
-        return (oracle[i[..., None], j[..., None, :]].mean((-2, -1)) - zero[i].mean(-1))/(trained[i] - zero[i]).mean(-1)
+        return (oracle[i[..., None], j[..., None, :]].mean((-2, -1)) - zero[i].mean(-1)) / (trained[i] - zero[i]).mean(
+            -1
+        )
+
     n, k = oracle.shape
     share = float(at(np.arange(n), np.arange(k)))
-    if n < 2 or (trained - zero).mean() <= 0: return (share if (trained - zero).mean() > 0 else np.nan), np.nan, np.nan
-    alone = lambda i, axis=-1: at(i, np.zeros((*i.shape[:-1], 1)))
-    data, f = ((np.arange(n), np.arange(k)), at) if k > 1 else ((np.arange(n),), alone)
-    ci = stats.bootstrap(data, f, vectorized=True, method='percentile', random_state=np.random.default_rng(0)).confidence_interval
-    return share, float(ci.low), float(ci.high)
+    if n < 2 or (trained - zero).mean() <= 0:
+        return (share if (trained - zero).mean() > 0 else np.nan), np.nan, np.nan
 
+    def alone(i, axis=-1):
+        return at(i, np.zeros((*i.shape[:-1], 1)))
+
+    data, f = ((np.arange(n), np.arange(k)), at) if k > 1 else ((np.arange(n),), alone)
+    ci = stats.bootstrap(
+        data, f, vectorized=True, method='percentile', random_state=np.random.default_rng(0)
+    ).confidence_interval
+    return share, float(ci.low), float(ci.high)
 
 # %% ../../nbs/60_verdict.checks.ipynb #82a1f976
 def shared_knowledge(
-    results: pd.DataFrame, # results.csv, with a zero-filled image among the networks
-    by: str='acquisition', # column of groups
-): # DataFrame: reference, group, zero_filled, oracle, trained (dB), share, low, high, patients, seeds
+    results: pd.DataFrame,  # results.csv, with a zero-filled image among the networks
+    by: str = 'acquisition',  # column of groups
+):  # DataFrame: reference, group, zero_filled, oracle, trained (dB), share, low, high, patients, seeds
     "How much of what training on the forget set gives the Oracle has by itself, in all and by group; raises `DataError` without zero-filled scores"
     split = forget_side(results)
     if not (results.model == 'zero_filled').any() or not (results.model == 'oracle').any():
-        raise DataError("shared knowledge needs rows with model == 'zero_filled' and model == 'oracle' in results.csv; score both")
-    groups = {'all': results} | ({g: results[results[by] == g] for g in sorted(results[results.split == split][by].dropna().unique())} if by in results else {})
+        raise DataError(
+            "shared knowledge needs rows with model == 'zero_filled' and model == 'oracle' in results.csv; score both"
+        )
+    groups = {'all': results} | (
+        {g: results[results[by] == g] for g in sorted(results[results.split == split][by].dropna().unique())}
+        if by in results
+        else {}
+    )
     rows = []
     for reference in [m for m in ('original', 'forget_only') if (results.model == m).any()]:
         for g, r in groups.items():
             zero, oracle, trained = (_matrix(r[r.model == m], split) for m in ('zero_filled', 'oracle', reference))
             x = zero.mean(axis=1), oracle.loc[zero.index], trained.loc[zero.index].mean(axis=1)
             share = _share(*(v.to_numpy() for v in x))
-            rows.append(dict(reference=reference, group=g, zero_filled=x[0].mean(), oracle=x[1].to_numpy().mean(), trained=x[2].mean(),
-                             **dict(zip(('share', 'low', 'high'), share)), patients=len(zero), seeds=oracle.shape[1]))
+            rows.append(
+                dict(
+                    reference=reference,
+                    group=g,
+                    zero_filled=x[0].mean(),
+                    oracle=x[1].to_numpy().mean(),
+                    trained=x[2].mean(),
+                    **dict(zip(('share', 'low', 'high'), share)),
+                    patients=len(zero),
+                    seeds=oracle.shape[1],
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/60_verdict.checks.ipynb #167d8157
 def holm(p):
     "p-values corrected by Holm's method; NaN is no test and stays"
-    p = np.asarray(p, float); out = np.full(len(p), np.nan)
-    order = np.argsort(p)[:np.isfinite(p).sum()]
-    out[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)), 1)
+    p = np.asarray(p, float)
+    out = np.full(len(p), np.nan)
+    order = np.argsort(p)[: np.isfinite(p).sum()]
+    out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return out
-
 
 # %% ../../nbs/60_verdict.checks.ipynb #6e8e2afa
 def collateral(
-    results: pd.DataFrame,         # results.csv
-    by=('acquisition', 'site'),    # columns of groups
-    models=('original', 'unlearned'), # networks that are looked at
-    alpha: float=.05,              # level of an alarm, after correction
-    least: float=.3,               # smallest margin, dB
-): # DataFrame: KEYS, side, by, group, gap_db, low_db, high_db, margin_db, word, patients, p, p_holm, alarm
+    results: pd.DataFrame,  # results.csv
+    by=('acquisition', 'site'),  # columns of groups
+    models=('original', 'unlearned'),  # networks that are looked at
+    alpha: float = 0.05,  # level of an alarm, after correction
+    least: float = 0.3,  # smallest margin, dB
+):  # DataFrame: KEYS, side, by, group, gap_db, low_db, high_db, margin_db, word, patients, p, p_holm, alarm
     "Gaps to the Oracle by group, and in which they are proven to lie beyond the margin; a column with one group on a side is left out"
     rows = []
     for keys in results[results.model.isin(models)][KEYS].drop_duplicates().to_dict('records'):
@@ -81,29 +107,92 @@ def collateral(
                 for g, r in on.groupby(column):
                     d, m = paired_differences(r, keys, split).difference.to_numpy(), margin(r, split, least)
                     e = equivalence(d, m)
-                    p = min(stats.ttest_1samp(d, m.db, alternative='greater').pvalue, stats.ttest_1samp(d, -m.db, alternative='less').pvalue) if e.n > 2 else np.nan
-                    mine.append(dict(keys, side=side, by=column, group=g, gap_db=e.gap, low_db=e.low, high_db=e.high, margin_db=m.db, word=e.word, patients=e.n, p=p))
+                    p = (
+                        min(
+                            stats.ttest_1samp(d, m.db, alternative='greater').pvalue,
+                            stats.ttest_1samp(d, -m.db, alternative='less').pvalue,
+                        )
+                        if e.n > 2
+                        else np.nan
+                    )
+                    mine.append(
+                        dict(
+                            keys,
+                            side=side,
+                            by=column,
+                            group=g,
+                            gap_db=e.gap,
+                            low_db=e.low,
+                            high_db=e.high,
+                            margin_db=m.db,
+                            word=e.word,
+                            patients=e.n,
+                            p=p,
+                        )
+                    )
         corrected = holm([r['p'] for r in mine])
         rows += [dict(r, p_holm=c, alarm=bool(c < alpha)) for r, c in zip(mine, corrected)]
-    return pd.DataFrame(rows, columns=[*KEYS, 'side', 'by', 'group', 'gap_db', 'low_db', 'high_db', 'margin_db', 'word', 'patients', 'p', 'p_holm', 'alarm'])
+    return pd.DataFrame(
+        rows,
+        columns=[
+            *KEYS,
+            'side',
+            'by',
+            'group',
+            'gap_db',
+            'low_db',
+            'high_db',
+            'margin_db',
+            'word',
+            'patients',
+            'p',
+            'p_holm',
+            'alarm',
+        ],
+    )
 
 # %% ../../nbs/60_verdict.checks.ipynb #20accb94
 def holds_memory(
-    results: pd.DataFrame, # results.csv
-    alpha: float=.05,
-    least: float=.1,       # dB of memory that do not matter
-): # DataFrame: KEYS, memory_db, low_db, high_db, oracle_sd_db, p, flagged, train_patients, test_patients; empty without forget_test
+    results: pd.DataFrame,  # results.csv
+    alpha: float = 0.05,
+    least: float = 0.1,  # dB of memory that do not matter
+):  # DataFrame: KEYS, memory_db, low_db, high_db, oracle_sd_db, p, flagged, train_patients, test_patients; empty without forget_test
     "Whether networks do better on the forget volumes that were trained on than on others, compared with the Oracle"
-    columns = [*KEYS, 'memory_db', 'low_db', 'high_db', 'oracle_sd_db', 'p', 'flagged', 'train_patients', 'test_patients']
+    columns = [
+        *KEYS,
+        'memory_db',
+        'low_db',
+        'high_db',
+        'oracle_sd_db',
+        'p',
+        'flagged',
+        'train_patients',
+        'test_patients',
+    ]
     sides = ('forget_train', 'forget_test')
-    if not all((results.split == s).any() for s in sides): return pd.DataFrame(columns=columns)
+    if not all((results.split == s).any() for s in sides):
+        return pd.DataFrame(columns=columns)
     own, rows = _levels(results, sides[0]) - _levels(results, sides[1]), []
     for keys in results[results.split == sides[0]][KEYS].drop_duplicates().to_dict('records'):
-        if keys['model'] == 'oracle' and len(own) < 2: continue
+        if keys['model'] == 'oracle' and len(own) < 2:
+            continue
         a, b = (paired_differences(results, keys, s).difference.to_numpy() for s in sides)
-        rows.append(dict(keys, memory_db=a.mean() - b.mean(), low_db=np.nan, high_db=np.nan, oracle_sd_db=own.std(), p=np.nan, flagged=False, train_patients=len(a), test_patients=len(b)))
-        if min(len(a), len(b)) < 2 or not np.isfinite([*a, *b]).all(): continue
+        rows.append(
+            dict(
+                keys,
+                memory_db=a.mean() - b.mean(),
+                low_db=np.nan,
+                high_db=np.nan,
+                oracle_sd_db=own.std(),
+                p=np.nan,
+                flagged=False,
+                train_patients=len(a),
+                test_patients=len(b),
+            )
+        )
+        if min(len(a), len(b)) < 2 or not np.isfinite([*a, *b]).all():
+            continue
         t = stats.ttest_ind(a - least, b, equal_var=False, alternative='greater')
-        ci = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - 2*alpha)
+        ci = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - 2 * alpha)
         rows[-1].update(low_db=float(ci.low), high_db=float(ci.high), p=float(t.pvalue), flagged=bool(t.pvalue < alpha))
     return pd.DataFrame(rows, columns=columns)

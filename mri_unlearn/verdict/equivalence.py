@@ -20,59 +20,83 @@ from .names import _of, patient_of
 # %% ../../nbs/58_verdict.equivalence.ipynb #9036296d
 def _scores(
     rows: pd.DataFrame,  # of one or several networks
-    split=None,          # all, or one
-): # DataFrame: patient, volume, seed, psnr
+    split=None,  # all, or one
+):  # DataFrame: patient, volume, seed, psnr
     "Scores with the patient they belong to; a volume stands for a patient whose name is not known"
     rows = rows if split is None else rows[rows.split == split]
     return pd.DataFrame(dict(patient=patient_of(rows), volume=rows.volume, seed=rows.seed, psnr=rows.psnr))
 
 # %% ../../nbs/58_verdict.equivalence.ipynb #672eb264
 def paired_differences(
-    results: pd.DataFrame, # results.csv: one row a network and volume
-    keys: dict,            # the network: values of KEYS, as many as it takes
-    split: str,            # e.g. 'retain_test'
-): # DataFrame indexed by patient: volumes, psnr, oracle, difference, oracle_sd (over seeds)
+    results: pd.DataFrame,  # results.csv: one row a network and volume
+    keys: dict,  # the network: values of KEYS, as many as it takes
+    split: str,  # e.g. 'retain_test'
+):  # DataFrame indexed by patient: volumes, psnr, oracle, difference, oracle_sd (over seeds)
     "Network minus mean of the Oracle's seeds, one row a patient; an Oracle against the other seeds; raises `DataError` where volumes do not pair"
     results = results[results.split == split]
     mine, others = _of(results, keys) if len(results) else results, results[results.model == 'oracle']
-    if len(mine) and mine.model.iloc[0] == 'oracle': others = others[others.seed != mine.seed.iloc[0]]
+    if len(mine) and mine.model.iloc[0] == 'oracle':
+        others = others[others.seed != mine.seed.iloc[0]]
     mine, others = _scores(mine), _scores(others)
     if not len(others) or not len(mine):
-        raise DataError(f"{split}: expected scores of the network {keys} and of {'another' if len(mine) else 'an'} Oracle, found {len(mine)} and {len(others)}")
+        raise DataError(
+            f'{split}: expected scores of the network {keys} and of {"another" if len(mine) else "an"} Oracle, found {len(mine)} and {len(others)}'
+        )
     both, table = mine.set_index(['patient', 'volume']).psnr, others.set_index(['patient', 'volume', 'seed']).psnr
     twice = both.index.duplicated().any() or table.index.duplicated().any()
-    if not twice: table = table.unstack('seed')
+    if not twice:
+        table = table.unstack('seed')
     if twice or set(both.index) != set(table.index) or len(others) != table.size:
-        raise DataError(f'{split}: the network {keys} and the Oracles were not scored on the same volumes, once each; score them again')
-    by = lambda x: x.groupby(level='patient').mean()
+        raise DataError(
+            f'{split}: the network {keys} and the Oracles were not scored on the same volumes, once each; score them again'
+        )
+
+    def by(x):
+        return x.groupby(level='patient').mean()
+
     psnr, seeds = by(both), by(table)
-    return pd.DataFrame(dict(volumes=both.groupby(level='patient').size(), psnr=psnr, oracle=seeds.mean(axis=1), difference=psnr - seeds.mean(axis=1),
-                             oracle_sd=seeds.std(axis=1)))
+    return pd.DataFrame(
+        dict(
+            volumes=both.groupby(level='patient').size(),
+            psnr=psnr,
+            oracle=seeds.mean(axis=1),
+            difference=psnr - seeds.mean(axis=1),
+            oracle_sd=seeds.std(axis=1),
+        )
+    )
 
 # %% ../../nbs/58_verdict.equivalence.ipynb #cdcfb1ce
 class Margin(NamedTuple):
     "What counts as equal"
-    db: float      # the margin, dB
-    band: float    # prediction interval (half width) of one further Oracle seed, dB; NaN for fewer than three seeds
-    sd: float      # of the levels of the seeds, dB; NaN for one
+
+    db: float  # the margin, dB
+    band: float  # prediction interval (half width) of one further Oracle seed, dB; NaN for fewer than three seeds
+    sd: float  # of the levels of the seeds, dB; NaN for one
     spread: float  # largest minus smallest level, dB
-    seeds: int     # how many
-    note: str      # where the margin is not the band
+    seeds: int  # how many
+    note: str  # where the margin is not the band
+
 
 def oracle_margin(
-    levels,           # mean scores of the Oracle's seeds, dB
-    least: float=.3,  # a difference that never matters, dB
-    most: float=1.,   # one that always does, dB
-    coverage: float=.95, # of the prediction interval
-): # `Margin`
+    levels,  # mean scores of the Oracle's seeds, dB
+    least: float = 0.3,  # a difference that never matters, dB
+    most: float = 1.0,  # one that always does, dB
+    coverage: float = 0.95,  # of the prediction interval
+):  # `Margin`
     "Equivalence margin from the levels of the Oracle's seeds; raises `DataError` without any"
     x = np.asarray(levels, float)
-    if not len(x): raise DataError('a margin needs at least one Oracle, found none')
+    if not len(x):
+        raise DataError('a margin needs at least one Oracle, found none')
     k, sd = len(x), float(x.std(ddof=1)) if len(x) > 1 else np.nan
-    band = float(stats.t.ppf((1 + coverage)/2, k - 1)*sd*(1 + 1/k)**.5) if k > 2 else np.nan
-    note = f'only {k} Oracle seed{"s"*(k > 1)}: no band' if k < 3 else f'Oracles scatter too much (band {band:.2f} dB): more seeds' if band > most else ''
+    band = float(stats.t.ppf((1 + coverage) / 2, k - 1) * sd * (1 + 1 / k) ** 0.5) if k > 2 else np.nan
+    note = (
+        f'only {k} Oracle seed{"s" * (k > 1)}: no band'
+        if k < 3
+        else f'Oracles scatter too much (band {band:.2f} dB): more seeds'
+        if band > most
+        else ''
+    )
     return Margin(least if k < 3 else float(np.clip(band, least, most)), band, sd, float(np.ptp(x)), k, note)
-
 
 # %% ../../nbs/58_verdict.equivalence.ipynb #d7ef5c85
 def _levels(results, split):
@@ -80,76 +104,96 @@ def _levels(results, split):
     o = _scores(results[results.model == 'oracle'], split=split)
     return o.groupby(['seed', 'patient']).psnr.mean().groupby(level='seed').mean()
 
+
 def margin(
-    results: pd.DataFrame, # results.csv
-    split: str,            # e.g. 'forget_test'
-    least: float=.3,       # dB
-    most: float=1.,        # dB
-): # `Margin`
+    results: pd.DataFrame,  # results.csv
+    split: str,  # e.g. 'forget_test'
+    least: float = 0.3,  # dB
+    most: float = 1.0,  # dB
+):  # `Margin`
     "Equivalence margin of a split"
     return oracle_margin(_levels(results, split), least, most)
 
 # %% ../../nbs/58_verdict.equivalence.ipynb #6d39a075
 class Equivalence(NamedTuple):
     "What a test of equivalence says"
-    gap: float        # mean of the differences, dB
-    low: float        # interval of the mean of confidence 1 - 2 alpha, dB
+
+    gap: float  # mean of the differences, dB
+    low: float  # interval of the mean of confidence 1 - 2 alpha, dB
     high: float
-    margin: float     # dB
-    p: float          # the larger of the two one-sided t-tests
-    p_wilcoxon: float # the same with signed ranks
-    passes: bool      # p < alpha
-    word: str         # 'equivalent', 'below', 'above', 'undecided', or why it could not be tested
-    n: int            # patients
+    margin: float  # dB
+    p: float  # the larger of the two one-sided t-tests
+    p_wilcoxon: float  # the same with signed ranks
+    passes: bool  # p < alpha
+    word: str  # 'equivalent', 'below', 'above', 'undecided', or why it could not be tested
+    n: int  # patients
+
 
 def _tost(test, d, m):
     "The larger p-value of two one-sided tests against -m and m"
     with warnings.catch_warnings(), np.errstate(all='ignore'):
-        warnings.simplefilter('ignore')            # of differences that are all the same
+        warnings.simplefilter('ignore')  # of differences that are all the same
         return float(max(test(d + m, alternative='greater').pvalue, test(d - m, alternative='less').pvalue))
 
+
 def equivalence(
-    differences,       # one number a patient, dB
-    margin: float,     # dB, or a `Margin`
-    alpha: float=.05,  # level
-): # `Equivalence`
+    differences,  # one number a patient, dB
+    margin: float,  # dB, or a `Margin`
+    alpha: float = 0.05,  # level
+):  # `Equivalence`
     "Test whether the mean difference lies within ±margin (TOST); fewer than three patients, or scores that are not finite, never pass"
     d, m = np.asarray(differences, float), float(getattr(margin, 'db', margin))
     n, nan = len(d), np.nan
-    if not n or not np.isfinite(d).all(): return Equivalence(nan, nan, nan, m, nan, nan, False, 'not measured', n)
-    if n < 3: return Equivalence(float(d.mean()), nan, nan, m, nan, nan, False, f'only {n} patient{"s"*(n > 1)}', n)
-    half = stats.t.ppf(1 - alpha, n - 1)*stats.sem(d)
+    if not n or not np.isfinite(d).all():
+        return Equivalence(nan, nan, nan, m, nan, nan, False, 'not measured', n)
+    if n < 3:
+        return Equivalence(float(d.mean()), nan, nan, m, nan, nan, False, f'only {n} patient{"s" * (n > 1)}', n)
+    half = stats.t.ppf(1 - alpha, n - 1) * stats.sem(d)
     low, high = float(d.mean() - half), float(d.mean() + half)
-    p, pw = _tost(lambda x, alternative: stats.ttest_1samp(x, 0, alternative=alternative), d, m), _tost(stats.wilcoxon, d, m)
+    p, pw = (
+        _tost(lambda x, alternative: stats.ttest_1samp(x, 0, alternative=alternative), d, m),
+        _tost(stats.wilcoxon, d, m),
+    )
     word = 'equivalent' if p < alpha else 'below' if high < -m else 'above' if low > m else 'undecided'
     return Equivalence(float(d.mean()), low, high, m, p, pw, p < alpha, word, n)
 
-
 # %% ../../nbs/58_verdict.equivalence.ipynb #446fd71e
 def effect_sizes(
-    differences,     # one number a patient, dB
+    differences,  # one number a patient, dB
     seed_sd: float,  # scatter of the Oracle's levels (`Margin.sd`), dB
-): # dict: d_z, seed_sds
+):  # dict: d_z, seed_sds
     "Mean difference in units of its scatter over patients (Cohen's d_z) and of the Oracle's scatter over seeds; NaN where there is none"
     d = np.asarray(differences, float)
     sd = d.std(ddof=1) if len(d) > 1 else 0
-    return dict(d_z=float(d.mean()/sd) if sd > 0 else np.nan, seed_sds=float(d.mean()/seed_sd) if seed_sd > 0 else np.nan)
+    return dict(
+        d_z=float(d.mean() / sd) if sd > 0 else np.nan, seed_sds=float(d.mean() / seed_sd) if seed_sd > 0 else np.nan
+    )
 
 # %% ../../nbs/58_verdict.equivalence.ipynb #708701e0
 def bootstrap_interval(
-    differences,           # one number a patient; or a tuple of such arrays, drawn together, for a `statistic` of several
-    confidence: float=.95,
-    seed: int=0,
-    statistic=np.mean,     # takes the arrays and `axis`
-): # (low, high); NaN for fewer than two patients or numbers that are not finite
+    differences,  # one number a patient; or a tuple of such arrays, drawn together, for a `statistic` of several
+    confidence: float = 0.95,
+    seed: int = 0,
+    statistic=np.mean,  # takes the arrays and `axis`
+):  # (low, high); NaN for fewer than two patients or numbers that are not finite
     "Bootstrap interval over patients (BCa; percentiles where BCa is not defined)"
     data = tuple(np.asarray(x, float) for x in (differences if isinstance(differences, tuple) else (differences,)))
-    if len(data[0]) < 2 or not all(np.isfinite(x).all() for x in data): return np.nan, np.nan
-    if all(np.ptp(x) == 0 for x in data): return (float(statistic(*data, axis=-1)),)*2
+    if len(data[0]) < 2 or not all(np.isfinite(x).all() for x in data):
+        return np.nan, np.nan
+    if all(np.ptp(x) == 0 for x in data):
+        return (float(statistic(*data, axis=-1)),) * 2
     for method in ('BCa', 'percentile'):
         with warnings.catch_warnings(), np.errstate(all='ignore'):
             warnings.simplefilter('ignore')
-            ci = stats.bootstrap(data, statistic, paired=len(data) > 1, vectorized=True, confidence_level=confidence, method=method,
-                                 random_state=np.random.default_rng(seed)).confidence_interval
-        if np.isfinite(ci).all(): break
+            ci = stats.bootstrap(
+                data,
+                statistic,
+                paired=len(data) > 1,
+                vectorized=True,
+                confidence_level=confidence,
+                method=method,
+                random_state=np.random.default_rng(seed),
+            ).confidence_interval
+        if np.isfinite(ci).all():
+            break
     return float(ci.low), float(ci.high)

@@ -29,85 +29,110 @@ from .names import KEYS, _by_key, forget_side, mean_over_patients
 # %% ../../nbs/56_verdict.evaluate.ipynb #a2b4cc08
 class VolumeRecon(NamedTuple):
     "A reconstructed volume"
-    row: dict              # its row of the index
-    target: torch.Tensor   # float [slices, h, w], the file's own units
-    image: torch.Tensor    # the same for the reconstruction
+
+    row: dict  # its row of the index
+    target: torch.Tensor  # float [slices, h, w], the file's own units
+    image: torch.Tensor  # the same for the reconstruction
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #62695563
 @torch.no_grad()
 def reconstruct_volumes(
     model,  # network, Learner, or None for the zero-filled image
-    dl,     # ReconDL in file order (not shuffled), of the kind that the network takes
-): # yields VolumeRecon, on the loader's device
+    dl,  # ReconDL in file order (not shuffled), of the kind that the network takes
+):  # yields VolumeRecon, on the loader's device
     "Reconstruct the volumes of a loader, one after the other"
     model = model.model if isinstance(model, Learner) else model
     was_training = model.training if model is not None else False
-    if model is not None: model.eval().to(dl.device or 'cpu')
+    if model is not None:
+        model.eval().to(dl.device or 'cpu')
     volume, targets, images, rows = None, [], [], dl.dataset.rows
     try:
         for b in dl:
-            x, y = b[:dl.n_inp], Targets(*b[dl.n_inp:])
+            x, y = b[: dl.n_inp], Targets(*b[dl.n_inp :])
             out = y.image if model is None else to_image(model(*x), y)
             for v, t, im in zip(y.volume.tolist(), y.target, out):
                 if v != volume and images:
                     yield VolumeRecon(rows[volume], torch.stack(targets), torch.stack(images))
                     targets, images = [], []
-                volume = v; targets.append(t); images.append(im)
-        if images: yield VolumeRecon(rows[volume], torch.stack(targets), torch.stack(images))
+                volume = v
+                targets.append(t)
+                images.append(im)
+        if images:
+            yield VolumeRecon(rows[volume], torch.stack(targets), torch.stack(images))
     finally:
-        if was_training: model.train()
+        if was_training:
+            model.train()
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #b7987290
 ABOUT = ['organ', 'acquisition', 'patient_id', 'site', 'split', 'source']
 
+
 def evaluate(
-    model,       # network, Learner, or None for the zero-filled image
-    dl,          # ReconDL in file order
-    images: dict=None, # if given, receives fname -> reconstructed volume
-    each=None,         # if given, is called with every `VolumeRecon`
-): # DataFrame: volume, organ, acquisition, patient_id, site, split, source (of the k-space), slices, nmse, psnr, ssim
+    model,  # network, Learner, or None for the zero-filled image
+    dl,  # ReconDL in file order
+    images: dict = None,  # if given, receives fname -> reconstructed volume
+    each=None,  # if given, is called with every `VolumeRecon`
+):  # DataFrame: volume, organ, acquisition, patient_id, site, split, source (of the k-space), slices, nmse, psnr, ssim
     "Score every volume of a loader as fastMRI's evaluate.py does; volumes without a target are an error"
     rows = []
     for r in reconstruct_volumes(model, dl):
-        if not r.row['has_target']: raise DataError(f"{r.row['path']}: has no target (reconstruction_rss), so it cannot be scored")
-        if images is not None: images[r.row['fname']] = r.image.cpu()
-        if each is not None: each(r)
-        rows.append({'volume': r.row['fname'], **{k: r.row.get(k, '') for k in ABOUT}, 'slices': len(r.image), **volume_scores(square_crop(r.target), square_crop(r.image))})
+        if not r.row['has_target']:
+            raise DataError(f'{r.row["path"]}: has no target (reconstruction_rss), so it cannot be scored')
+        if images is not None:
+            images[r.row['fname']] = r.image.cpu()
+        if each is not None:
+            each(r)
+        rows.append(
+            {
+                'volume': r.row['fname'],
+                **{k: r.row.get(k, '') for k in ABOUT},
+                'slices': len(r.image),
+                **volume_scores(square_crop(r.target), square_crop(r.image)),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #f498ece7
 def write_prediction(
-    folder,   # where fastMRI's evaluate.py is pointed to
-    recon,    # `VolumeRecon`
-): # path of the file
+    folder,  # where fastMRI's evaluate.py is pointed to
+    recon,  # `VolumeRecon`
+):  # path of the file
     "Write the image of a volume as fastMRI's `save_reconstructions` would; raises `DataError` where the disk is full"
-    return write_arrays(Path(folder)/recon.row['fname'], {'reconstruction': recon.image.float().cpu().numpy()})
+    return write_arrays(Path(folder) / recon.row['fname'], {'reconstruction': recon.image.float().cpu().numpy()})
+
 
 def read_prediction(folder, fname):
     "What `write_prediction` has written: float32 [slices, h, w]"
-    return read_array(Path(folder)/fname, 'reconstruction')
+    return read_array(Path(folder) / fname, 'reconstruction')
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #d7761930
 class NoiseNet(nn.Module):
     "A network that outputs seeded Gaussian noise of the zero-filled image's mean and standard deviation, whatever it sees"
-    def __init__(self, seed=0): super().__init__(); self.seed = seed
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.seed = seed
+
     def forward(self, x, *mask):
         image = rss(ifft2c(x), dim=1) if mask else x
         noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(self.seed)).to(image.device)
-        return image.mean((-2, -1), keepdim=True) + image.std((-2, -1), keepdim=True)*noise if mask else noise
+        return image.mean((-2, -1), keepdim=True) + image.std((-2, -1), keepdim=True) * noise if mask else noise
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #baef0fc9
 def agreement(
-    images: dict,   # fname -> volume [slices, h, w] of one network
-    others: dict,   # the same of another
-    maxima: dict,   # fname -> largest value of the target volume
-): # Series fname -> dB, infinite where both are identical
+    images: dict,  # fname -> volume [slices, h, w] of one network
+    others: dict,  # the same of another
+    maxima: dict,  # fname -> largest value of the target volume
+):  # Series fname -> dB, infinite where both are identical
     "PSNR between the images of two networks, volume by volume"
     missing = set(images) - set(others)
-    if missing: raise DataError(f'agreement needs the same volumes of both networks; missing: {", ".join(sorted(missing)[:3])}')
+    if missing:
+        raise DataError(f'agreement needs the same volumes of both networks; missing: {", ".join(sorted(missing)[:3])}')
+
     def db(a, b, m):
-        mse = ((a.double() - b.double())**2).mean().item()
-        return float('inf') if mse == 0 else 10*np.log10(m**2/mse)
+        mse = ((a.double() - b.double()) ** 2).mean().item()
+        return float('inf') if mse == 0 else 10 * np.log10(m**2 / mse)
+
     return pd.Series({f: db(v, others[f], maxima[f]) for f, v in images.items()}, name='agree_db', dtype=float)
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #fcb4fda6
@@ -116,29 +141,36 @@ def side_means(results):
     out = {}
     for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
         means = mean_over_patients(results[results.split == split], KEYS, ['psnr', 'ssim'])
-        for m in means: out[f'{side}_{m}'] = means[m]
+        for m in means:
+            out[f'{side}_{m}'] = means[m]
     return pd.DataFrame(out).reset_index()
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #7e7007ad
 def summarise(
-    results: pd.DataFrame,          # one row a model and volume, columns as in results.csv
-    agree: pd.DataFrame=None,       # one row a model, volume and Oracle seed: KEYS, split, volume, agree_db
-    work: pd.DataFrame=None,        # one row a model: KEYS, slices (forward and backward), seconds
-): # DataFrame, one row a model, columns as in summary.csv plus forget_split and flag
+    results: pd.DataFrame,  # one row a model and volume, columns as in results.csv
+    agree: pd.DataFrame = None,  # one row a model, volume and Oracle seed: KEYS, split, volume, agree_db
+    work: pd.DataFrame = None,  # one row a model: KEYS, slices (forward and backward), seconds
+):  # DataFrame, one row a model, columns as in summary.csv plus forget_split and flag
     "Gaps, forgetting fraction, agreement and cost of every model, relative to the Oracle"
     s = side_means(results)
     oracle, original = s[s.model == 'oracle'], s[s.model == 'original']
-    if not len(oracle): raise DataError("no Oracle among the results: a gap needs rows with model == 'oracle'")
+    if not len(oracle):
+        raise DataError("no Oracle among the results: a gap needs rows with model == 'oracle'")
     level = oracle[['retain_psnr', 'forget_psnr']].mean()
     s['gap_retain_db'], s['gap_forget_db'] = s.retain_psnr - level.retain_psnr, s.forget_psnr - level.forget_psnr
     known = original.forget_psnr.mean() - level.forget_psnr if len(original) else np.nan
-    s['forgetting_fraction'] = (original.forget_psnr.mean() - s.forget_psnr)/known
+    s['forgetting_fraction'] = (original.forget_psnr.mean() - s.forget_psnr) / known
     for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
-        s[f'agree_{side}_db'] = _by_key(s, agree[agree.split == split].groupby(KEYS, dropna=False).agree_db.mean() if agree is not None else None)
-    if work is not None: s = _with_cost(s, work)
-    else: s['cost_ratio'], s['seconds_ratio'], s['seconds'] = np.nan, np.nan, np.nan
+        s[f'agree_{side}_db'] = _by_key(
+            s, agree[agree.split == split].groupby(KEYS, dropna=False).agree_db.mean() if agree is not None else None
+        )
+    if work is not None:
+        s = _with_cost(s, work)
+    else:
+        s['cost_ratio'], s['seconds_ratio'], s['seconds'] = np.nan, np.nan, np.nan
     s['forget_split'] = forget_side(results)
-    if 'source' in results: s['source'] = '+'.join(sorted(results.source.unique()))      # of the k-space
+    if 'source' in results:
+        s['source'] = '+'.join(sorted(results.source.unique()))  # of the k-space
     s['flag'] = [flag(r, s) for r in s.to_dict('records')]
     return s
 
@@ -147,43 +179,64 @@ def _with_cost(s, work):
     "Add cost_ratio (slices), seconds and seconds_ratio, relative to the training of one Oracle"
     one = work[work.model == 'oracle'][['slices', 'seconds']].mean()
     per = work.set_index(KEYS)[['slices', 'seconds']]
-    s['cost_ratio'], s['seconds'] = np.array(_by_key(s, per.slices))/one.slices, _by_key(s, per.seconds)
-    s['seconds_ratio'] = s.seconds/one.seconds
+    s['cost_ratio'], s['seconds'] = np.array(_by_key(s, per.slices)) / one.slices, _by_key(s, per.seconds)
+    s['seconds_ratio'] = s.seconds / one.seconds
     return s
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #8836e38c
 def oracle_spread(
-    summary: pd.DataFrame, # rows of all Oracle seeds
-    side: str,             # 'retain' or 'forget'
-): # largest minus smallest mean PSNR over seeds, dB; 0 for one seed
+    summary: pd.DataFrame,  # rows of all Oracle seeds
+    side: str,  # 'retain' or 'forget'
+):  # largest minus smallest mean PSNR over seeds, dB; 0 for one seed
     "How much the Oracle varies by its seed alone"
     p = summary[summary.model == 'oracle'][f'{side}_psnr']
     return float(p.max() - p.min())
 
+
 def flag(
-    row: dict,             # of the summary
-    summary: pd.DataFrame, # for the spread of the Oracle
-    tolerance: float=.3,   # dB that never matter
-): # 'at the oracle', or what is wrong: over-forgotten, under-forgotten, retain damaged, retain better
+    row: dict,  # of the summary
+    summary: pd.DataFrame,  # for the spread of the Oracle
+    tolerance: float = 0.3,  # dB that never matter
+):  # 'at the oracle', or what is wrong: over-forgotten, under-forgotten, retain damaged, retain better
     "Say in words where a model stands relative to the Oracle"
     out = []
-    for side, low, high in (('retain', 'retain damaged', 'retain better'), ('forget', 'over-forgotten', 'under-forgotten')):
+    for side, low, high in (
+        ('retain', 'retain damaged', 'retain better'),
+        ('forget', 'over-forgotten', 'under-forgotten'),
+    ):
         gap, margin = row[f'gap_{side}_db'], max(tolerance, oracle_spread(summary, side))
-        if not np.isfinite(gap): out.append(f'{side} not measured')
-        elif abs(gap) > margin: out.append(low if gap < 0 else high)
+        if not np.isfinite(gap):
+            out.append(f'{side} not measured')
+        elif abs(gap) > margin:
+            out.append(low if gap < 0 else high)
     return ', '.join(out) or 'at the oracle'
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #676fdd64
 class TraceScores(Callback):
     "Mean PSNR on retain and forget test volumes before a fit (round 0) and after its rounds, in `trace`"
+
     order = 80
-    def __init__(self, dl, rounds=None, on_score=None): # rounds: those to score, default all; on_score: called after each
+
+    def __init__(
+        self, dl, rounds=None, on_score=None
+    ):  # rounds: those to score, default all; on_score: called after each
         self.dl, self.rounds, self.on_score, self.trace = dl, rounds, on_score, []
+
     def score(self, r):
-        if self.rounds is not None and r not in self.rounds: return
+        if self.rounds is not None and r not in self.rounds:
+            return
         s = evaluate(self.learn.model, self.dl)
-        mean = lambda split: mean_over_patients(s[s.split == split], ['split'], ['psnr']).psnr.mean()
+
+        def mean(split):
+            return mean_over_patients(s[s.split == split], ['split'], ['psnr']).psnr.mean()
+
         self.trace.append(dict(epoch=r, retain_psnr=mean('retain_test'), forget_psnr=mean(forget_side(s))))
-        if self.on_score: self.on_score()
-    def before_fit(self): self.trace = []; self.score(0)
-    def after_epoch(self): self.score(self.epoch + 1)
+        if self.on_score:
+            self.on_score()
+
+    def before_fit(self):
+        self.trace = []
+        self.score(0)
+
+    def after_epoch(self):
+        self.score(self.epoch + 1)

@@ -19,135 +19,175 @@ from ..signal.kspace import center_crop, rss
 from ..signal.masks import clip_mask, file_seed
 
 # %% ../../nbs/64_verdict.hallucination.ipynb #f1f132e2
-def fft1c(x): return torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(x, dim=-1), norm='ortho'), dim=-1)
-def ifft1c(x): return torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(x, dim=-1), norm='ortho'), dim=-1)
+def fft1c(x):
+    return torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(x, dim=-1), norm='ortho'), dim=-1)
+
+
+def ifft1c(x):
+    return torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(x, dim=-1), norm='ortho'), dim=-1)
+
 
 def to_rows(
-    kspace, # complex [..., H, W]
-    h,      # rows of the image
-): # complex [..., h, W]: image along the rows' axis, k-space along the columns'
+    kspace,  # complex [..., H, W]
+    h,  # rows of the image
+):  # complex [..., h, W]: image along the rows' axis, k-space along the columns'
     "Undo the Fourier transform along the readout, and crop to the rows of the image"
     x = ifft1c(kspace.transpose(-2, -1)).transpose(-2, -1)
     return center_crop(x, (h, x.shape[-1]))
 
+
 def encode(
-    x,    # complex [h, W], object times the RSS of the maps
-    maps, # complex [coils, h, W] of unit RSS
-    mask, # bool [W]
-): # complex [coils, h, W], 0 where nothing is sampled
+    x,  # complex [h, W], object times the RSS of the maps
+    maps,  # complex [coils, h, W] of unit RSS
+    mask,  # bool [W]
+):  # complex [coils, h, W], 0 where nothing is sampled
     "E: what the coils measure, readout already transformed"
-    return fft1c(maps*x)*mask
+    return fft1c(maps * x) * mask
+
 
 def decode(
-    y,    # complex [coils, h, W]
-    maps, # as for `encode`
+    y,  # complex [coils, h, W]
+    maps,  # as for `encode`
     mask,
-): # complex [h, W]
+):  # complex [h, W]
     "The adjoint of `encode`"
-    return (maps.conj()*ifft1c(y*mask)).sum(0)
+    return (maps.conj() * ifft1c(y * mask)).sum(0)
 
 # %% ../../nbs/64_verdict.hallucination.ipynb #a629f81d
 class Space(NamedTuple):
     "Measurable space of a slice, row by row"
-    maps: torch.Tensor     # complex [coils, h, W], RSS 1
-    mask: torch.Tensor     # bool [W]
-    values: torch.Tensor   # float [h, W], squared singular values of each row
+
+    maps: torch.Tensor  # complex [coils, h, W], RSS 1
+    mask: torch.Tensor  # bool [W]
+    values: torch.Tensor  # float [h, W], squared singular values of each row
     vectors: torch.Tensor  # complex [h, W, W], singular vectors as columns
-    tol: float             # smallest singular value that counts as measured, 0 to 1
+    tol: float  # smallest singular value that counts as measured, 0 to 1
+
 
 def measurable_space(
-    maps,    # complex [coils, h, W]
-    mask,    # bool [W], measured columns, without the zero-padded sides
-    tol=.1,  # smallest singular value that counts
-): # Space
+    maps,  # complex [coils, h, W]
+    mask,  # bool [W], measured columns, without the zero-padded sides
+    tol=0.1,  # smallest singular value that counts
+):  # Space
     "Singular value decomposition of E = MFS for every row"
-    if not 0 < tol < 1: raise ValueError(f'tol must lie between 0 and 1 (the largest possible singular value), found {tol}')
-    maps = maps/rss(maps).clamp_min(torch.finfo(torch.float32).tiny)
+    if not 0 < tol < 1:
+        raise ValueError(f'tol must lie between 0 and 1 (the largest possible singular value), found {tol}')
+    maps = maps / rss(maps).clamp_min(torch.finfo(torch.float32).tiny)
     lines = fft1c(torch.eye(len(mask), dtype=maps.dtype, device=maps.device)).T[mask]
-    gram = torch.einsum('chw,chv->hwv', maps.conj(), maps)*(lines.mH @ lines)
+    gram = torch.einsum('chw,chv->hwv', maps.conj(), maps) * (lines.mH @ lines)
     values, vectors = torch.linalg.eigh(gram)
     return Space(maps, mask, values.clamp_min(0), vectors, tol)
 
+
 def _through(space, x, gain):
     "x in singular vectors, times `gain` [h, W], back again"
-    return (space.vectors @ (gain[..., None]*(space.vectors.mH @ x[..., None])))[..., 0]
+    return (space.vectors @ (gain[..., None] * (space.vectors.mH @ x[..., None])))[..., 0]
+
 
 def measurable_part(
-    space, # Space
-    x,     # complex [h, W]
-): # complex [h, W]
+    space,  # Space
+    x,  # complex [h, W]
+):  # complex [h, W]
     "P x = E^+ E x; the rest is the null-space part"
     return _through(space, x, (space.values > space.tol**2).to(x.dtype))
 
+
 def pseudo_inverse(
-    space, # Space
-    y,     # complex [coils, h, W], from `to_rows` or `encode`
-): # complex [h, W]
+    space,  # Space
+    y,  # complex [coils, h, W], from `to_rows` or `encode`
+):  # complex [h, W]
     "E^+ y: the smallest object that explains the measurable part of the data"
     seen = space.values > space.tol**2
-    return _through(space, decode(y, space.maps, space.mask), torch.where(seen, 1/space.values.clamp_min(space.tol**2), 0.).to(y.dtype))
+    return _through(
+        space,
+        decode(y, space.maps, space.mask),
+        torch.where(seen, 1 / space.values.clamp_min(space.tol**2), 0.0).to(y.dtype),
+    )
 
 # %% ../../nbs/64_verdict.hallucination.ipynb #784e8d96
 class Case(NamedTuple):
     "What a simulated slice really was, on the rows of the image and all columns of k-space"
+
     space: Space
-    obj: torch.Tensor       # complex [h, W], noise-free object times the RSS of the maps, units of the target
+    obj: torch.Tensor  # complex [h, W], noise-free object times the RSS of the maps, units of the target
     measured: torch.Tensor  # complex [coils, h, W], `to_rows` of the sampled k-space
 
+
 def read_case(
-    path,   # file with extras
-    i,      # slice
-    mask,   # bool [W]
-    h,      # rows of the image
-    tol=.1, # see `measurable_space`
-): # Case
+    path,  # file with extras
+    i,  # slice
+    mask,  # bool [W]
+    h,  # rows of the image
+    tol=0.1,  # see `measurable_space`
+):  # Case
     "Space, object and data of one slice; raises `DataError` for a file without extras"
     kspace, maps, obj = read_slice(path, i), read_extras(path, 'maps', i), read_extras(path, 'object', i)
     mask = clip_mask(mask, padding_in(read_header(path), len(mask)))
-    crop = lambda a: center_crop(a, (h, len(mask)))
-    return Case(measurable_space(crop(maps), mask, tol), crop(obj*rss(maps)), to_rows(kspace, h)*mask)
+
+    def crop(a):
+        return center_crop(a, (h, len(mask)))
+
+    return Case(measurable_space(crop(maps), mask, tol), crop(obj * rss(maps)), to_rows(kspace, h) * mask)
+
 
 def with_phase(
-    image, # float [h, w], magnitude
-    obj,   # complex [h, W]
-): # complex [h, W]
+    image,  # float [h, w], magnitude
+    obj,  # complex [h, W]
+):  # complex [h, W]
     "An image as an estimate of the object: its phase, and its values where the image does not reach"
-    out, left = obj.clone(), (obj.shape[-1] - image.shape[-1])//2
-    part = out[:, left:left + image.shape[-1]]
+    out, left = obj.clone(), (obj.shape[-1] - image.shape[-1]) // 2
+    part = out[:, left : left + image.shape[-1]]
     part.copy_(torch.polar(image.to(part.real.dtype), part.angle()))
     return out
 
+
 def hallucination_maps(
     case,  # Case
-    image, # float [h, w], or complex [h, W]
-): # (measurement-space map, null-space map), complex [h, W]
+    image,  # float [h, w], or complex [h, W]
+):  # (measurement-space map, null-space map), complex [h, W]
     "What contradicts the data, and what is wrong beyond them"
     x = image if image.is_complex() else with_phase(image, case.obj)
     error = x - case.obj
-    return measurable_part(case.space, x) - pseudo_inverse(case.space, case.measured), error - measurable_part(case.space, error)
+    return measurable_part(case.space, x) - pseudo_inverse(case.space, case.measured), error - measurable_part(
+        case.space, error
+    )
 
 # %% ../../nbs/64_verdict.hallucination.ipynb #81d55746
-def volume_mask(row, mask): # row of the index, mask function -> bool [W], the mask that a test loader gives this volume
+def volume_mask(
+    row, mask
+):  # row of the index, mask function -> bool [W], the mask that a test loader gives this volume
     "The fixed mask of a volume"
     return mask(int(row['cols']), seed=file_seed(row['fname']))[0]
 
+
 def null_space_energy(
     images: dict,  # name of a network -> (fname -> reconstructed volume [slices, h, w], as from `evaluate(images=…)`)
-    volumes,       # rows of the index, with the extras in their files
-    mask,          # the mask function that the images were made with
-    tol=.1,        # see `measurable_space`
-    target=True,   # also judge the fully sampled target, as 'target': the floor
-): # DataFrame, one row a network and volume: model, volume, organ, split, null_energy, measurement_energy
+    volumes,  # rows of the index, with the extras in their files
+    mask,  # the mask function that the images were made with
+    tol=0.1,  # see `measurable_space`
+    target=True,  # also judge the fully sampled target, as 'target': the floor
+):  # DataFrame, one row a network and volume: model, volume, organ, split, null_energy, measurement_energy
     "Energy of both hallucination maps, relative to the object's"
     out = []
     for row in volumes.to_dict('records'):
         todo = {n: v[row['fname']] for n, v in images.items()}
-        if target: todo['target'] = read_target(row['path'])
-        total, sums = 0., {n: np.zeros(2) for n in todo}
+        if target:
+            todo['target'] = read_target(row['path'])
+        total, sums = 0.0, {n: np.zeros(2) for n in todo}
         for i in range(int(row['slices'])):
             case = read_case(row['path'], i, volume_mask(row, mask), int(row['recon_rows']), tol)
-            total += (case.obj.abs()**2).sum().item()
-            for n, v in todo.items(): sums[n] += [(m.abs()**2).sum().item() for m in hallucination_maps(case, v[i].cpu())]
-        out += [dict(model=n, volume=row['fname'], organ=row['organ'], split=row.get('split', ''), null_energy=s[1]/total, measurement_energy=s[0]/total)
-                for n, s in sums.items()]
+            total += (case.obj.abs() ** 2).sum().item()
+            for n, v in todo.items():
+                sums[n] += [(m.abs() ** 2).sum().item() for m in hallucination_maps(case, v[i].cpu())]
+        out += [
+            dict(
+                model=n,
+                volume=row['fname'],
+                organ=row['organ'],
+                split=row.get('split', ''),
+                null_energy=s[1] / total,
+                measurement_energy=s[0] / total,
+            )
+            for n, s in sums.items()
+        ]
     return pd.DataFrame(out)

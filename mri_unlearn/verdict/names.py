@@ -14,14 +14,18 @@ from ..machinery.disk import DataError
 # %% ../../nbs/55_verdict.names.ipynb #28446951
 KEYS = ['model', 'method', 'seed', 'retain_fraction']
 
+
 def forget_side(results):
     "The split on which forgetting is judged: forget_test where there is one"
     return 'forget_test' if (results.split == 'forget_test').any() else 'forget_train'
 
+
 def patient_of(rows):
     "Who each volume belongs to; a volume stands for a patient whose name is not known"
-    if 'patient_id' not in rows: return rows.volume
+    if 'patient_id' not in rows:
+        return rows.volume
     return rows.patient_id.astype(object).where(rows.patient_id.notna() & (rows.patient_id != ''), rows.volume)
+
 
 def mean_over_patients(rows, by, columns):
     "Means of `columns` for each group `by`, where each patient counts once, however many volumes there are"
@@ -29,7 +33,9 @@ def mean_over_patients(rows, by, columns):
     return each.groupby(level=list(range(len(by))), dropna=False, sort=False).mean()
 
 # %% ../../nbs/55_verdict.names.ipynb #e460cf9f
-def _key(row): return tuple('' if pd.isna(v) else v for v in (row[k] for k in KEYS))
+def _key(row):
+    return tuple('' if pd.isna(v) else v for v in (row[k] for k in KEYS))
+
 
 def _by_key(summary, series):
     "Values of a Series indexed by KEYS in the order of the rows of `summary`; KEYS may hold NaN"
@@ -41,15 +47,17 @@ def _same(column, value):
     "Where a column of KEYS holds `value`; nothing, '' and NaN are the same"
     return (column.isna() | (column == '')) if value is None or value == '' or value != value else column == value
 
+
 def _of(
-    results: pd.DataFrame, # results.csv, or agreement.csv
-    keys: dict,            # values of some or all of KEYS
-): # its rows
+    results: pd.DataFrame,  # results.csv, or agreement.csv
+    keys: dict,  # values of some or all of KEYS
+):  # its rows
     "Rows of one network; raises `DataError` where there is none or more than one"
     keys = {k: keys[k] for k in KEYS if k in keys}
     rows = results[np.logical_and.reduce([_same(results[k], v) for k, v in keys.items()])] if keys else results
     found = rows[KEYS].drop_duplicates()
-    if len(found) != 1: raise DataError(f'expected one network for {keys}, found {len(found)}: give more of {", ".join(KEYS)}')
+    if len(found) != 1:
+        raise DataError(f'expected one network for {keys}, found {len(found)}: give more of {", ".join(KEYS)}')
     return rows
 
 # %% ../../nbs/55_verdict.names.ipynb #fc01114a
@@ -57,8 +65,16 @@ def key(model, method='', seed=0, retain_fraction=np.nan):
     "The columns that name a network in every table"
     return dict(model=model, method=method, seed=seed, retain_fraction=retain_fraction)
 
+
 def same_key(table, keys):
     "Rows of `table` that belong to one network"
-    return np.logical_and.reduce([table[k].isna() | (table[k] == '') if keys[k] == '' or keys[k] != keys[k] else table[k] == keys[k] for k in KEYS])
+    return np.logical_and.reduce(
+        [
+            table[k].isna() | (table[k] == '') if keys[k] == '' or keys[k] != keys[k] else table[k] == keys[k]
+            for k in KEYS
+        ]
+    )
 
-def job_name(method, fraction, seed=0): return f'unlearned_{method}_{100*fraction:g}pc_s{seed}'
+
+def job_name(method, fraction, seed=0):
+    return f'unlearned_{method}_{100 * fraction:g}pc_s{seed}'

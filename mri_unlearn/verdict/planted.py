@@ -29,79 +29,92 @@ from ..signal.masks import mask_func
 from .evaluate import reconstruct_volumes
 
 # %% ../../nbs/65_verdict.planted.ipynb #20e5d82b
-def _fixed(width, seed=None, *, mask, at): return mask(width, seed=at)
+def _fixed(width, seed=None, *, mask, at):
+    return mask(width, seed=at)
+
 
 def fixed_mask(
-    mask,   # mask function
-    seed=0, # that decides for ever
-): # mask function of the same kind that ignores its seed
+    mask,  # mask function
+    seed=0,  # that decides for ever
+):  # mask function of the same kind that ignores its seed
     "The same lines for everybody and in every epoch"
     return partial(_fixed, mask=mask, at=seed)
+
 
 @dataclass(frozen=True)
 class Structure:
     "Marks and their stripes; sizes in pixels, amplitudes relative to the mean signal of the body"
-    radius: float = 3.   # standard deviation of a blob
-    period: int = 4      # of the stripes, along the phase encoding
-    mark: float = 2.5    # height of a blob
-    stripes: float = 1.  # amplitude of the stripes
-    copies: int = 3      # marks in a slice, where there is room
 
-def draw_mark(shape, at, s): # (rows, cols), (row, col), Structure -> float [rows, cols], height 1
+    radius: float = 3.0  # standard deviation of a blob
+    period: int = 4  # of the stripes, along the phase encoding
+    mark: float = 2.5  # height of a blob
+    stripes: float = 1.0  # amplitude of the stripes
+    copies: int = 3  # marks in a slice, where there is room
+
+
+def draw_mark(shape, at, s):  # (rows, cols), (row, col), Structure -> float [rows, cols], height 1
     "A Gaussian blob"
-    y, x = np.ogrid[:shape[0], :shape[1]]
-    return np.exp(-((y - at[0])**2 + (x - at[1])**2)/(2*s.radius**2))
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    return np.exp(-((y - at[0]) ** 2 + (x - at[1]) ** 2) / (2 * s.radius**2))
 
-def draw_stripes(shape, at, s): # the same -> float [rows, cols], amplitude sqrt(2) at most
+
+def draw_stripes(shape, at, s):  # the same -> float [rows, cols], amplitude sqrt(2) at most
     "Stripes within the blob: two pixels bright, two dark for a period of four"
-    return draw_mark(shape, at, s)*2**.5*np.cos(2*np.pi*(np.arange(shape[1]) - at[1])/s.period + np.pi/4)
+    return draw_mark(shape, at, s) * 2**0.5 * np.cos(2 * np.pi * (np.arange(shape[1]) - at[1]) / s.period + np.pi / 4)
 
-def template(s): # Structure -> float [n, n], zero mean
+
+def template(s):  # Structure -> float [n, n], zero mean
     "The stripes to look for"
-    r = int(np.ceil(2.5*s.radius))
-    t = draw_stripes((2*r + 1,)*2, (r, r), s)
+    r = int(np.ceil(2.5 * s.radius))
+    t = draw_stripes((2 * r + 1,) * 2, (r, r), s)
     return t - t.mean()
 
 # %% ../../nbs/65_verdict.planted.ipynb #ff23cd59
 def body_of(
-    target,   # float [h, w]
-    margin=0, # pixels to stay away from the edge
-): # bool [h, w]
+    target,  # float [h, w]
+    margin=0,  # pixels to stay away from the edge
+):  # bool [h, w]
     "Where the patient is"
-    inside = ndimage.binary_fill_holes(ndimage.binary_opening(target > .15*np.percentile(target, 99)))
+    inside = ndimage.binary_fill_holes(ndimage.binary_opening(target > 0.15 * np.percentile(target, 99)))
     return ndimage.binary_erosion(inside, iterations=int(margin)) if margin >= 1 else inside
 
-def choose_places(target, s, rng): # float [h, w], Structure, numpy Generator -> list of (row, col)
+
+def choose_places(target, s, rng):  # float [h, w], Structure, numpy Generator -> list of (row, col)
     "Random places inside the body, apart from each other; columns a multiple of the period"
-    free, out = body_of(target, 2*s.radius), []
+    free, out = body_of(target, 2 * s.radius), []
     free[:, np.arange(free.shape[1]) % s.period > 0] = False
-    y, x = np.ogrid[:free.shape[0], :free.shape[1]]
+    y, x = np.ogrid[: free.shape[0], : free.shape[1]]
     while free.any() and len(out) < s.copies:
         spots = np.argwhere(free)
         out.append(tuple(int(v) for v in spots[rng.integers(len(spots))]))
-        free &= (y - out[-1][0])**2 + (x - out[-1][1])**2 > (6*s.radius)**2
+        free &= (y - out[-1][0]) ** 2 + (x - out[-1][1]) ** 2 > (6 * s.radius) ** 2
     return out
 
 # %% ../../nbs/65_verdict.planted.ipynb #af90e437
 def match(
-    image, # float [h, w]
-    t,     # template, float [n, n] of zero mean, n odd
-): # amplitude [h, w], normalised cross-correlation [h, w]
+    image,  # float [h, w]
+    t,  # template, float [n, n] of zero mean, n odd
+):  # amplitude [h, w], normalised cross-correlation [h, w]
     "Matched filter"
     corr = signal.fftconvolve(image, t[::-1, ::-1], 'same')
-    box = lambda a: signal.fftconvolve(a, np.ones(t.shape), 'same')
-    spread = box(image**2) - box(image)**2/t.size
-    floor = max(1e-3*spread.max(), np.finfo(np.float32).tiny)   # where nothing is, nothing is found
-    return corr/(t**2).sum(), corr/np.sqrt(np.maximum(spread, floor)*(t**2).sum())
+
+    def box(a):
+        return signal.fftconvolve(a, np.ones(t.shape), 'same')
+
+    spread = box(image**2) - box(image) ** 2 / t.size
+    floor = max(1e-3 * spread.max(), np.finfo(np.float32).tiny)  # where nothing is, nothing is found
+    return corr / (t**2).sum(), corr / np.sqrt(np.maximum(spread, floor) * (t**2).sum())
+
 
 def detect(
-    image,     # float [h, w]
-    t,         # template
-    inside,    # bool [h, w], where to look
-    reference=None, # float [h, w], what there should be; is subtracted first
-): # dict: score (largest normalised cross-correlation), row, col
+    image,  # float [h, w]
+    t,  # template
+    inside,  # bool [h, w], where to look
+    reference=None,  # float [h, w], what there should be; is subtracted first
+):  # dict: score (largest normalised cross-correlation), row, col
     "The place inside the body that looks most like the template; nothing is told about where to look"
-    if not inside.any(): return dict(score=float('nan'), row=-1, col=-1)
+    if not inside.any():
+        return dict(score=float('nan'), row=-1, col=-1)
     score = np.where(inside, match(image if reference is None else image - reference, t)[1], -np.inf)
     r, c = np.unravel_index(score.argmax(), score.shape)
     return dict(score=float(score[r, c]), row=int(r), col=int(c))
@@ -111,93 +124,132 @@ def _patterns(obj, maps, target, places, s, measured, sampled):
     "k-space [coils, H, W] of marks and of stripes at `places`, the latter in lines that are not sampled"
     H, W, (h, w) = *obj.shape, target.shape
     level = np.abs(center_crop(obj, (h, w)))[body_of(target, 1)].mean()
-    unit = level*np.exp(1j*np.angle(obj))
+    unit = level * np.exp(1j * np.angle(obj))
+
     def lines(draw, amp):
-        image = amp*unit*sum(draw((H, W), (r + (H - h)//2, c + (W - w)//2), s) for r, c in places)
-        return fft2c(torch.as_tensor((maps*image).astype('complex64'))).numpy()
-    return lines(draw_mark, s.mark)*measured, lines(draw_stripes, s.stripes)*(measured & ~sampled)
+        image = amp * unit * sum(draw((H, W), (r + (H - h) // 2, c + (W - w) // 2), s) for r, c in places)
+        return fft2c(torch.as_tensor((maps * image).astype('complex64'))).numpy()
+
+    return lines(draw_mark, s.mark) * measured, lines(draw_stripes, s.stripes) * (measured & ~sampled)
+
 
 def plant(
-    path,            # file with extras
-    out,             # file to write
-    s,               # Structure
-    mask,            # from `fixed_mask`
-    stripes=True,    # False: marks alone
-    seed=0,          # of the places, together with the name of the file
-): # list of dicts, one a mark: volume, slice, row, col (of the image), amplitude (of the stripes in the target, also if left out), stripes
+    path,  # file with extras
+    out,  # file to write
+    s,  # Structure
+    mask,  # from `fixed_mask`
+    stripes=True,  # False: marks alone
+    seed=0,  # of the places, together with the name of the file
+):  # list of dicts, one a mark: volume, slice, row, col (of the image), amplitude (of the stripes in the target, also if left out), stripes
     "A copy of a volume with marks and stripes; raises `DataError` for a file without extras"
     path, header, meta = Path(path), read_header(path), read_meta(path)
-    kspace, maps, obj, target = (a.numpy() for a in (read_array(path, 'kspace'), read_extras(path, 'maps'), read_extras(path, 'object'), read_target(path)))
+    kspace, maps, obj, target = (
+        a.numpy()
+        for a in (read_array(path, 'kspace'), read_extras(path, 'maps'), read_extras(path, 'object'), read_target(path))
+    )
     rng, size, out_rows = np.random.default_rng([seed, *path.name.encode()]), target.shape[1:], []
     left, right = padding_in(header, kspace.shape[-1])
-    columns = np.arange(kspace.shape[-1]); measured, sampled = (columns >= left) & (columns < right), mask(len(columns))[0].numpy()
+    columns = np.arange(kspace.shape[-1])
+    measured, sampled = (columns >= left) & (columns < right), mask(len(columns))[0].numpy()
     for i in range(len(kspace)):
         places = choose_places(target[i], s, rng)
-        if not places: continue
+        if not places:
+            continue
         marks, lines = _patterns(obj[i], maps[i], target[i], places, s, measured, sampled)
         plain, striped = (rss_target((kspace[i] + marks + more)[None], size)[0].numpy() for more in (0, lines))
         amplitude = match(striped - plain, template(s))[0]
         added = marks + lines if stripes else marks
         kspace[i] += added
-        obj[i] += ((maps[i].conj()*_image(added)).sum(0)/(np.abs(maps[i])**2).sum(0))
-        out_rows += [dict(volume=path.name, slice=i, row=r, col=c, amplitude=float(amplitude[r, c]), stripes=stripes) for r, c in places]
-    write_volume(out, kspace, header=header, acquisition=meta.attrs['acquisition'], patient_id=meta.attrs['patient_id'], extras=dict(object=obj, maps=maps))
+        obj[i] += (maps[i].conj() * _image(added)).sum(0) / (np.abs(maps[i]) ** 2).sum(0)
+        out_rows += [
+            dict(volume=path.name, slice=i, row=r, col=c, amplitude=float(amplitude[r, c]), stripes=stripes)
+            for r, c in places
+        ]
+    write_volume(
+        out,
+        kspace,
+        header=header,
+        acquisition=meta.attrs['acquisition'],
+        patient_id=meta.attrs['patient_id'],
+        extras=dict(object=obj, maps=maps),
+    )
     return out_rows
 
-def _image(kspace): return ifft2c(torch.as_tensor(kspace)).numpy()
+
+def _image(kspace):
+    return ifft2c(torch.as_tensor(kspace)).numpy()
 
 # %% ../../nbs/65_verdict.planted.ipynb #3a3da335
 class Planted(NamedTuple):
     "A data set with a planted structure"
-    volumes: pd.DataFrame  # as `split_volumes` gives it: forget volumes with marks and stripes, retain volumes untouched
-    probes: pd.DataFrame   # retain test volumes with marks and no stripes
-    places: pd.DataFrame   # one row a mark, see `plant`
+
+    volumes: (
+        pd.DataFrame
+    )  # as `split_volumes` gives it: forget volumes with marks and stripes, retain volumes untouched
+    probes: pd.DataFrame  # retain test volumes with marks and no stripes
+    places: pd.DataFrame  # one row a mark, see `plant`
     structure: Structure
-    mask: object           # the fixed mask function: train and test with this one
+    mask: object  # the fixed mask function: train and test with this one
+
 
 def _check_fixed(mask, width):
     "Raise `DataError` for a mask that depends on its seed"
     one, *others = (mask(width, seed=i)[0] for i in range(8))
     if any((m != one).any() for m in others):
-        raise DataError('the mask differs from volume to volume, so some volumes would show the planted structure to the network; wrap it: fixed_mask(mask)')
+        raise DataError(
+            'the mask differs from volume to volume, so some volumes would show the planted structure to the network; wrap it: fixed_mask(mask)'
+        )
+
 
 def _link(source, to):
     "The same file under another name; a copy where the disk cannot do that"
     to.parent.mkdir(parents=True, exist_ok=True)
     to.unlink(missing_ok=True)
-    try: os.link(source, to)
-    except OSError: shutil.copyfile(source, to)
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copyfile(source, to)
+
 
 def planted_dataset(
-    splits,         # from `ForgetRequest.split`, of a data set simulated with extras
-    out,            # folder: `data` will hold a complete data set, `probe` the probes
+    splits,  # from `ForgetRequest.split`, of a data set simulated with extras
+    out,  # folder: `data` will hold a complete data set, `probe` the probes
     s=Structure(),  # what to plant
-    mask=None,      # from `fixed_mask`, the one to train and test with; default: equispaced, 4×, centre 0.08
-    seed=0,         # of the places
-    progress=False, # show a bar
-): # Planted
+    mask=None,  # from `fixed_mask`, the one to train and test with; default: equispaced, 4×, centre 0.08
+    seed=0,  # of the places
+    progress=False,  # show a bar
+):  # Planted
     "Plant a structure into all forget volumes; raises `DataError` for files without extras and for a mask that is not fixed"
-    mask, out, volumes, probes, places = mask or fixed_mask(mask_func('equispaced', [.08], [4])), Path(out), [], [], []
+    mask, out, volumes, probes, places = mask or fixed_mask(mask_func('equispaced', [0.08], [4])), Path(out), [], [], []
     _check_fixed(mask, int(splits.cols.iloc[0]))
+
     def planted(row, to, stripes):
         places.extend(plant(row['path'], to, s, mask, stripes, seed))
         return row | dict(path=str(to), max=read_meta(to).attrs['max'])
+
     for row in tqdm(splits.to_dict('records'), desc='plant', unit='volume', disable=not progress):
-        to = out/'data'/row['folder']/row['fname']
-        if row['split'].startswith('forget'): volumes.append(planted(row, to, True))
-        else: _link(row['path'], to); volumes.append(row | dict(path=str(to)))
-        if row['split'] == 'retain_test': probes.append(planted(row, out/'probe'/row['folder']/row['fname'], False))
-    if not probes: raise DataError('no retain test volumes: there is nowhere to look for the planted structure; choose another split')
+        to = out / 'data' / row['folder'] / row['fname']
+        if row['split'].startswith('forget'):
+            volumes.append(planted(row, to, True))
+        else:
+            _link(row['path'], to)
+            volumes.append(row | dict(path=str(to)))
+        if row['split'] == 'retain_test':
+            probes.append(planted(row, out / 'probe' / row['folder'] / row['fname'], False))
+    if not probes:
+        raise DataError(
+            'no retain test volumes: there is nowhere to look for the planted structure; choose another split'
+        )
     places = pd.DataFrame(places)
-    places.to_csv(out/'places.csv', index=False)
+    places.to_csv(out / 'places.csv', index=False)
     return Planted(pd.DataFrame(volumes), pd.DataFrame(probes), places, s, mask)
 
 # %% ../../nbs/65_verdict.planted.ipynb #e21f0dfd
 def planted_scores(
-    model,        # network, Learner, or None for the zero-filled image
-    planted,      # Planted
-    dl,           # loader in file order over `planted.probes` (or forget volumes), with the fixed mask
-): # DataFrame, one row a volume: volume, split, slices, score, at_marks, strength
+    model,  # network, Learner, or None for the zero-filled image
+    planted,  # Planted
+    dl,  # loader in file order over `planted.probes` (or forget volumes), with the fixed mask
+):  # DataFrame, one row a volume: volume, split, slices, score, at_marks, strength
     "How much of the planted structure is in the images of a network"
     t, out = template(planted.structure), []
     for r in reconstruct_volumes(model, dl):
@@ -206,35 +258,60 @@ def planted_scores(
             image, truth = r.image[i].cpu().numpy().astype(float), r.target[i].cpu().numpy().astype(float)
             amplitude, ncc = (a[g.row.to_numpy(), g.col.to_numpy()] for a in match(image - truth, t))
             score = detect(image, t, body_of(truth, planted.structure.radius), truth)['score']
-            found.append((score, ncc.mean(), (amplitude/g.amplitude + g.stripes).mean()))   # + 1 where the truth itself has stripes
-        means = np.mean(found, 0) if found else [np.nan]*3
-        out.append(dict(volume=r.row['fname'], split=r.row.get('split', ''), slices=len(found), **dict(zip(('score', 'at_marks', 'strength'), means))))
+            found.append(
+                (score, ncc.mean(), (amplitude / g.amplitude + g.stripes).mean())
+            )  # + 1 where the truth itself has stripes
+        means = np.mean(found, 0) if found else [np.nan] * 3
+        out.append(
+            dict(
+                volume=r.row['fname'],
+                split=r.row.get('split', ''),
+                slices=len(found),
+                **dict(zip(('score', 'at_marks', 'strength'), means)),
+            )
+        )
     return pd.DataFrame(out)
 
 # %% ../../nbs/65_verdict.planted.ipynb #00a62dd5
 def detection_rate(
-    scores,      # one a volume
-    controls,    # the same of a network that cannot have it
-    fpr=.05,     # false positives to allow among the controls
-    least=.1,    # a score that always has to be exceeded: what nobody would see is no detection
-    level=.95,   # of the interval (Clopper and Pearson)
-): # dict: rate, low, high, n, threshold, fpr (attained), controls
+    scores,  # one a volume
+    controls,  # the same of a network that cannot have it
+    fpr=0.05,  # false positives to allow among the controls
+    least=0.1,  # a score that always has to be exceeded: what nobody would see is no detection
+    level=0.95,  # of the interval (Clopper and Pearson)
+):  # dict: rate, low, high, n, threshold, fpr (attained), controls
     "Share of volumes above the threshold of a control, with an exact interval"
     scores, controls = (np.asarray(a, float)[np.isfinite(a)] for a in (scores, controls))
-    if not len(scores) or not len(controls): raise DataError(f'a detection rate needs scores and controls, found {len(scores)} and {len(controls)} finite ones')
+    if not len(scores) or not len(controls):
+        raise DataError(
+            f'a detection rate needs scores and controls, found {len(scores)} and {len(controls)} finite ones'
+        )
     threshold = max(np.quantile(controls, 1 - fpr, method='higher'), least)
     k = int((scores > threshold).sum())
     ci = stats.binomtest(k, len(scores)).proportion_ci(level, method='exact')
-    return dict(rate=k/len(scores), low=ci.low, high=ci.high, n=len(scores), threshold=float(threshold), fpr=float((controls > threshold).mean()), controls=len(controls))
+    return dict(
+        rate=k / len(scores),
+        low=ci.low,
+        high=ci.high,
+        n=len(scores),
+        threshold=float(threshold),
+        fpr=float((controls > threshold).mean()),
+        controls=len(controls),
+    )
+
 
 def rates_differ(
-    a,           # bool, one a volume: detected by one network
-    b,           # the same for the other
-    paired=True, # the same volumes in the same order: McNemar's exact test; else Fisher's
-): # p-value
+    a,  # bool, one a volume: detected by one network
+    b,  # the same for the other
+    paired=True,  # the same volumes in the same order: McNemar's exact test; else Fisher's
+):  # p-value
     "Test whether two detection rates differ"
     a, b = (np.asarray(v, bool) for v in (a, b))
-    if not paired: return float(stats.fisher_exact([[a.sum(), (~a).sum()], [b.sum(), (~b).sum()]])[1])
-    if a.shape != b.shape: raise DataError(f'a paired test needs the same volumes for both, found {len(a)} and {len(b)}; pass paired=False')
+    if not paired:
+        return float(stats.fisher_exact([[a.sum(), (~a).sum()], [b.sum(), (~b).sum()]])[1])
+    if a.shape != b.shape:
+        raise DataError(
+            f'a paired test needs the same volumes for both, found {len(a)} and {len(b)}; pass paired=False'
+        )
     only = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(stats.binomtest(only[0], sum(only)).pvalue) if sum(only) else 1.
+    return float(stats.binomtest(only[0], sum(only)).pvalue) if sum(only) else 1.0

@@ -21,62 +21,86 @@ from ..network.weights import input_of
 from .evaluate import reconstruct_volumes, write_prediction
 
 # %% ../../nbs/57_verdict.reconstruct.ipynb #945103d2
-def weights_digest(model): # None: no network
+def weights_digest(model):  # None: no network
     "SHA-256 of the names and values of a network's weights"
-    if model is None: return 'zero-filled'
+    if model is None:
+        return 'zero-filled'
     h = hashlib.sha256()
-    for name, w in model.state_dict().items(): h.update(name.encode()); h.update(w.detach().cpu().contiguous().numpy().tobytes())
+    for name, w in model.state_dict().items():
+        h.update(name.encode())
+        h.update(w.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
+
 
 def claim(folder, record):
     "Note `record` in the folder of predictions, or find the same there. Raises `DataError` when it is another one."
-    path = Path(folder)/'reconstruction.json'
+    path = Path(folder) / 'reconstruction.json'
     if path.exists():
-        try: found = json.loads(path.read_text(encoding='utf-8'))
-        except ValueError as e: raise DataError(f'{path}: cannot be read ({e}); choose another folder, or delete this one') from e
-        if found != record: raise DataError(f'{folder}: holds predictions of another network or mask; choose another folder, or delete this one')
+        try:
+            found = json.loads(path.read_text(encoding='utf-8'))
+        except ValueError as e:
+            raise DataError(f'{path}: cannot be read ({e}); choose another folder, or delete this one') from e
+        if found != record:
+            raise DataError(
+                f'{folder}: holds predictions of another network or mask; choose another folder, or delete this one'
+            )
     elif Path(folder).is_dir() and any(Path(folder).glob('*.h5')):
         raise DataError(f'{folder}: holds *.h5 files that were not made here; choose another folder')
     else:
-        with atomic_path(path) as tmp: Path(tmp).write_text(json.dumps(record, indent=1), encoding='utf-8')
+        with atomic_path(path) as tmp:
+            Path(tmp).write_text(json.dumps(record, indent=1), encoding='utf-8')
 
 # %% ../../nbs/57_verdict.reconstruct.ipynb #bbf0c679
 def save_picture(path, recon, has_target):
     "The middle slice of a volume as PNG: reconstruction, and where there is a target that and the error"
-    i = len(recon.image)//2
+    i = len(recon.image) // 2
     image = recon.image[i].cpu()
     top = float(recon.target[i].max()) if has_target else float(image.max())
     panels = {'reconstruction': (image, 'gray', top)}
-    if has_target: panels |= {'target': (recon.target[i].cpu(), 'gray', top), 'error': ((image - recon.target[i].cpu()).abs(), 'magma', top/4)}
-    fig, axs = plt.subplots(1, len(panels), figsize=(3*len(panels), 3.2), dpi=100, squeeze=False, layout='constrained')
+    if has_target:
+        panels |= {
+            'target': (recon.target[i].cpu(), 'gray', top),
+            'error': ((image - recon.target[i].cpu()).abs(), 'magma', top / 4),
+        }
+    fig, axs = plt.subplots(
+        1, len(panels), figsize=(3 * len(panels), 3.2), dpi=100, squeeze=False, layout='constrained'
+    )
     for ax, (title, (im, cmap, vmax)) in zip(axs[0], panels.items()):
-        ax.imshow(im, cmap=cmap, vmin=0, vmax=vmax or 1); ax.set_title(title); ax.axis('off')
-    with atomic_path(path) as tmp: fig.savefig(tmp)
+        ax.imshow(im, cmap=cmap, vmin=0, vmax=vmax or 1)
+        ax.set_title(title)
+        ax.axis('off')
+    with atomic_path(path) as tmp:
+        fig.savefig(tmp)
     plt.close(fig)
 
 # %% ../../nbs/57_verdict.reconstruct.ipynb #efe6dcea
 def reconstruct(
-    model,                 # network, or None for the zero-filled image
-    volumes: pd.DataFrame, # rows of `index_volumes`, with or without target
-    mask,                  # mask function; a file that brings its own mask keeps it
-    out,                   # folder for NAME.h5 with the dataset `reconstruction`, float32 [slices, h, w], in the file's unit
-    about: dict=None,      # what the record shall say of the mask
-    bs: int=8,             # slices in a batch
-    png: bool=False,       # also pictures, in the folder `png` within `out`
-    num_workers: int=0,    # processes that read files
-    progress: bool=True
-): # number of volumes that were reconstructed now; those that were there already do not count
+    model,  # network, or None for the zero-filled image
+    volumes: pd.DataFrame,  # rows of `index_volumes`, with or without target
+    mask,  # mask function; a file that brings its own mask keeps it
+    out,  # folder for NAME.h5 with the dataset `reconstruction`, float32 [slices, h, w], in the file's unit
+    about: dict = None,  # what the record shall say of the mask
+    bs: int = 8,  # slices in a batch
+    png: bool = False,  # also pictures, in the folder `png` within `out`
+    num_workers: int = 0,  # processes that read files
+    progress: bool = True,
+):  # number of volumes that were reconstructed now; those that were there already do not count
     "Reconstruct volumes one after the other into files as fastMRI's `save_reconstructions` makes them"
     out, twice = Path(out), volumes.fname[volumes.fname.duplicated()]
-    if len(twice): raise DataError(f'{twice.iloc[0]}: two volumes have this file name, and a folder of predictions has room for one; give one folder at a time')
+    if len(twice):
+        raise DataError(
+            f'{twice.iloc[0]}: two volumes have this file name, and a folder of predictions has room for one; give one folder at a time'
+        )
     claim(out, json.loads(json.dumps(dict(weights=weights_digest(model), mask=about or {}))))
-    todo = volumes[[not (out/f).exists() for f in volumes.fname]]
-    if not len(todo): return 0
+    todo = volumes[[not (out / f).exists() for f in volumes.fname]]
+    if not len(todo):
+        return 0
     input = input_of(model)
     dl = ReconDL(SliceDataset(todo, mask, input=input), bs=bs, num_workers=num_workers)
     with tqdm(total=int(todo.slices.sum()), desc='reconstruct', unit='slice', disable=not progress) as bar:
         for r in reconstruct_volumes(model, dl):
-            if png: save_picture(out/'png'/f"{Path(r.row['fname']).stem}.png", r, r.row['has_target'])
+            if png:
+                save_picture(out / 'png' / f'{Path(r.row["fname"]).stem}.png', r, r.row['has_target'])
             write_prediction(out, r)
             bar.update(len(r.image))
     return len(todo)

@@ -12,83 +12,152 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .equivalence import _scores, bootstrap_interval, effect_sizes, equivalence, margin, paired_differences
+from mri_unlearn.verdict.equivalence import (
+    _scores,
+    bootstrap_interval,
+    effect_sizes,
+    equivalence,
+    margin,
+    paired_differences,
+)
 from .names import KEYS, _same, forget_side
 
 # %% ../../nbs/59_verdict.table.ipynb #815990ba
-WORDS = {('retain', 'below'): 'retain damaged', ('retain', 'above'): 'retain better', ('forget', 'below'): 'over-forgotten', ('forget', 'above'): 'under-forgotten'}
+WORDS = {
+    ('retain', 'below'): 'retain damaged',
+    ('retain', 'above'): 'retain better',
+    ('forget', 'below'): 'over-forgotten',
+    ('forget', 'above'): 'under-forgotten',
+}
+
 
 def _side(results, keys, side, split, m):
     "Columns of one side of the table, and the differences by patient"
-    if keys['model'] == 'oracle' and m.seeds < 2: d = np.array([])       # nothing to compare it with
-    else: d = paired_differences(results, keys, split).difference.to_numpy()
+    if keys['model'] == 'oracle' and m.seeds < 2:
+        d = np.array([])  # nothing to compare it with
+    else:
+        d = paired_differences(results, keys, split).difference.to_numpy()
     e, boot = equivalence(d, m), bootstrap_interval(d)
-    out = dict(gap_db=e.gap, low_db=e.low, high_db=e.high, boot_low_db=boot[0], boot_high_db=boot[1], margin_db=m.db, p=e.p, p_wilcoxon=e.p_wilcoxon, passes=e.passes,
-               **(effect_sizes(d, m.sd) if len(d) else {'d_z': np.nan, 'seed_sds': np.nan}), patients=e.n)
+    out = dict(
+        gap_db=e.gap,
+        low_db=e.low,
+        high_db=e.high,
+        boot_low_db=boot[0],
+        boot_high_db=boot[1],
+        margin_db=m.db,
+        p=e.p,
+        p_wilcoxon=e.p_wilcoxon,
+        passes=e.passes,
+        **(effect_sizes(d, m.sd) if len(d) else {'d_z': np.nan, 'seed_sds': np.nan}),
+        patients=e.n,
+    )
     return {k.replace('_db', f'_{side}_db') if k.endswith('_db') else f'{k}_{side}': v for k, v in out.items()}, e.word
-
 
 # %% ../../nbs/59_verdict.table.ipynb #85b219ee
 def above_floor(
-    results: pd.DataFrame,   # for the patients that volumes belong to
-    agreement: pd.DataFrame, # agreement.csv
-    keys: dict,              # the network
+    results: pd.DataFrame,  # for the patients that volumes belong to
+    agreement: pd.DataFrame,  # agreement.csv
+    keys: dict,  # the network
     split: str,
-): # Series patient -> dB, empty where there is none
+):  # Series patient -> dB, empty where there is none
     "Agreement of a network with the Oracles minus that of the Oracles with each other, by patient"
     who = _scores(results, split=split).drop_duplicates('volume').set_index('volume').patient
     a = agreement[agreement.split == split]
-    by = lambda x: x.groupby('volume').agree_db.mean().groupby(who).mean()
+
+    def by(x):
+        return x.groupby('volume').agree_db.mean().groupby(who).mean()
+
     mine = a[np.logical_and.reduce([_same(a[k], keys[k]) for k in KEYS])]
     return (by(mine) - by(a[a.model == 'oracle'])).dropna()
+
 
 def _images(a, within):
     "Columns of the agreement above the floor: passes if it is proven to lie less than `within` dB under it"
     a = np.asarray(a, float)
     low, high = bootstrap_interval(a)
     with np.errstate(all='ignore'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')            # of differences that are all the same
+        warnings.simplefilter('ignore')  # of differences that are all the same
         p = float(stats.ttest_1samp(a + within, 0, alternative='greater').pvalue) if len(a) > 2 else np.nan
-    return dict(agree_above_floor_db=float(a.mean()) if len(a) else np.nan, agree_low_db=low, agree_high_db=high, passes_images=p < .05 if len(a) else None)
-
+    return dict(
+        agree_above_floor_db=float(a.mean()) if len(a) else np.nan,
+        agree_low_db=low,
+        agree_high_db=high,
+        passes_images=p < 0.05 if len(a) else None,
+    )
 
 # %% ../../nbs/59_verdict.table.ipynb #ce06d0e1
-def _fraction(net, oracle, original, axis=-1): return (original - net).mean(axis)/(original - oracle).mean(axis)
+def _fraction(net, oracle, original, axis=-1):
+    return (original - net).mean(axis) / (original - oracle).mean(axis)
+
 
 def _forgetting(results, keys, split):
     "Forgetting fraction with its interval over patients"
-    if not (results.model == 'original').any() or (keys['model'] == 'oracle' and results[results.model == 'oracle'].seed.nunique() < 2): return {}
-    d, known = paired_differences(results, keys, split), _scores(results[results.model == 'original'], split=split).groupby('patient').psnr.mean()
+    if not (results.model == 'original').any() or (
+        keys['model'] == 'oracle' and results[results.model == 'oracle'].seed.nunique() < 2
+    ):
+        return {}
+    d, known = (
+        paired_differences(results, keys, split),
+        _scores(results[results.model == 'original'], split=split).groupby('patient').psnr.mean(),
+    )
     x = d.psnr.to_numpy(), d.oracle.to_numpy(), known.reindex(d.index).to_numpy()
-    if not np.isfinite(x).all(): return {}
-    return dict(zip(('forgetting_fraction', 'forgetting_low', 'forgetting_high'), (float(_fraction(*x)), *bootstrap_interval(x, statistic=_fraction))))
+    if not np.isfinite(x).all():
+        return {}
+    return dict(
+        zip(
+            ('forgetting_fraction', 'forgetting_low', 'forgetting_high'),
+            (float(_fraction(*x)), *bootstrap_interval(x, statistic=_fraction)),
+        )
+    )
 
 # %% ../../nbs/59_verdict.table.ipynb #a93b2dde
 def verdict_table(
-    results: pd.DataFrame,            # results.csv
-    agreement: pd.DataFrame=None,     # agreement.csv
-    hallucination: pd.DataFrame=None, # further columns of networks, by KEYS
-    least: float=.3,                  # smallest margin, dB
-    most: float=1.,                   # largest margin, dB
-    within: float=1.,                 # how far under the floor the agreement of images may lie, dB
-): # DataFrame, one row a network, sorted by the sum of absolute gaps
+    results: pd.DataFrame,  # results.csv
+    agreement: pd.DataFrame = None,  # agreement.csv
+    hallucination: pd.DataFrame = None,  # further columns of networks, by KEYS
+    least: float = 0.3,  # smallest margin, dB
+    most: float = 1.0,  # largest margin, dB
+    within: float = 1.0,  # how far under the floor the agreement of images may lie, dB
+):  # DataFrame, one row a network, sorted by the sum of absolute gaps
     "Gaps with intervals, margins, verdicts and effect sizes on both sides; raises `DataError` without an Oracle"
     splits = dict(retain='retain_test', forget=forget_side(results))
     splits = {side: s for side, s in splits.items() if (results.split == s).any()}
     margins, rows = {side: margin(results, s, least, most) for side, s in splits.items()}, []
     for keys in results[KEYS].drop_duplicates().to_dict('records'):
         row, words = dict(keys), {}
-        for side, s in splits.items(): cols, words[side] = _side(results, keys, side, s, margins[side]); row.update(cols)
+        for side, s in splits.items():
+            cols, words[side] = _side(results, keys, side, s, margins[side])
+            row.update(cols)
         row['sum_abs_gaps_db'] = sum(abs(row[f'gap_{side}_db']) for side in splits)
         row['passes'] = all(row[f'passes_{side}'] for side in splits)
-        row['verdict'] = 'at the oracle' if row['passes'] else ', '.join(WORDS.get((side, w), f'{side} {w}') for side, w in words.items() if w != 'equivalent')
+        row['verdict'] = (
+            'at the oracle'
+            if row['passes']
+            else ', '.join(WORDS.get((side, w), f'{side} {w}') for side, w in words.items() if w != 'equivalent')
+        )
         row.update(_forgetting(results, keys, splits['forget']))
-        if agreement is not None: row.update(_images(above_floor(results, agreement, keys, splits['forget']), within))
-        if row['passes'] and row.get('passes_images') is False: row['verdict'] = 'scores at the oracle, images not'
-        rows.append({**row, 'oracle_seeds': margins['forget'].seeds, 'forget_split': splits['forget'],
-                     'note': '; '.join(f'{side}: {m.note}' for side, m in margins.items() if m.note)})
+        if agreement is not None:
+            row.update(_images(above_floor(results, agreement, keys, splits['forget']), within))
+        if row['passes'] and row.get('passes_images') is False:
+            row['verdict'] = 'scores at the oracle, images not'
+        rows.append(
+            {
+                **row,
+                'oracle_seeds': margins['forget'].seeds,
+                'forget_split': splits['forget'],
+                'note': '; '.join(f'{side}: {m.note}' for side, m in margins.items() if m.note),
+            }
+        )
     table = pd.DataFrame(rows).sort_values('sum_abs_gaps_db', kind='stable', ignore_index=True)
-    if hallucination is None: return table
-    named = lambda t: t.assign(**{k: t[k].astype(object).where(t[k].notna(), '') for k in KEYS})      # NaN equals nothing, not even in a merge
-    extra = named(table)[KEYS].merge(named(hallucination), on=KEYS, how='left', validate='one_to_one').drop(columns=KEYS)
+    if hallucination is None:
+        return table
+
+    def named(t):
+        return t.assign(
+            **{k: t[k].astype(object).where(t[k].notna(), '') for k in KEYS}
+        )  # NaN equals nothing, not even in a merge
+
+    extra = (
+        named(table)[KEYS].merge(named(hallucination), on=KEYS, how='left', validate='one_to_one').drop(columns=KEYS)
+    )
     return pd.concat([table, extra], axis=1)
