@@ -46,7 +46,9 @@ def small(tmp_path, *cells):
 
 
 def test_rendering_rules(tmp_path):
-    stream = lambda text: [new_output('stream', name='stdout', text=text)]
+    def stream(text):
+        return [new_output('stream', name='stdout', text=text)]
+
     table = [new_output('execute_result', data={'text/html': '<style>x</style>', 'text/plain': 'plain text'})]
     text = render_readme.render(
         small(
