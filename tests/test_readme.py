@@ -54,7 +54,8 @@ def test_rendering_rules(tmp_path):
         small(
             tmp_path,
             new_markdown_cell(
-                '# Name\n\n![picture](images/a.png) [chapter](00_signal.kspace.ipynb#part) [`code`](05_signal.masks.ipynb)\n'
+                '# Name\n\n![picture](images/a.png) [chapter](00_signal.kspace.ipynb#part) '
+                '[`code`](05_signal.masks.ipynb)\n'
                 '[up](../LICENSE) [out](https://example.org/x) [here](#name) `](images/no.png)`\n\n'
                 '```sh\necho "](images/no.png)"\n```'
             ),
@@ -99,7 +100,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     (code,) = [b for b in re.findall(r'^```python\n(.*?)^```', readme(), flags=re.S | re.M) if 'unlearn(' in b]
     quick = code.replace("preset='small'", "preset='tiny'").replace('fit_one_cycle(16, 2e-3)', 'fit_one_cycle(1, 2e-3)')
     assert quick.count('fit_one_cycle(1,') == 2 and "'tiny'" in quick
-    assert 15 <= len([l for l in code.splitlines() if l.strip()]) <= 25
+    assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 25
     monkeypatch.chdir(tmp_path)
     exec(compile(quick, 'README.md', 'exec'), {})
     said = capsys.readouterr().out
