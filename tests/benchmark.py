@@ -17,13 +17,13 @@ import h5py
 import numpy as np
 import torch
 
+from mri_unlearn.data.header import Header
 from mri_unlearn.data.loaders import ReconDL
 from mri_unlearn.data.slices import SliceDataset
-from mri_unlearn.signal.masks import mask_func
-from mri_unlearn.network.metrics import volume_scores
-from mri_unlearn.data.header import Header
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.data.writing import write_volume
+from mri_unlearn.network.metrics import volume_scores
+from mri_unlearn.signal.masks import mask_func
 
 try:
     from fastmri.data.mri_data import SliceDataset as FastMRISlices

@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from mri_unlearn import masks, metrics
+from mri_unlearn.data.header import Header
 from mri_unlearn.data.loaders import ReconDL
 from mri_unlearn.data.slices import SliceDataset, Targets, zero_filled
-from mri_unlearn.verdict.evaluate import evaluate, write_prediction
-from mri_unlearn.signal.kspace import center_crop, fft2c, ifft2c, rss
-from mri_unlearn.network.weights import load_network, save_weights
-from mri_unlearn.network.learner import to_image
-from mri_unlearn.signal.masks import apply_mask, file_seed, mask_func
-from mri_unlearn.network.unet import UNet
-from mri_unlearn.network.varnet import VarNet
-from mri_unlearn.machinery.disk import DataError
-from mri_unlearn.data.header import Header
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.data.writing import rss_target, write_volume
+from mri_unlearn.machinery.disk import DataError
+from mri_unlearn.network import metrics
+from mri_unlearn.network.learner import to_image
+from mri_unlearn.network.unet import UNet
+from mri_unlearn.network.varnet import VarNet
+from mri_unlearn.network.weights import load_network, save_weights
+from mri_unlearn.signal import masks
+from mri_unlearn.signal.kspace import center_crop, fft2c, ifft2c, rss
+from mri_unlearn.signal.masks import apply_mask, file_seed, mask_func
+from mri_unlearn.verdict.evaluate import evaluate, write_prediction
 
 pytestmark = pytest.mark.parity
 

@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mri_unlearn import volumes
-from mri_unlearn.machinery.disk import DataError
+from mri_unlearn.data import volumes
+from mri_unlearn.data.files import read_header, read_item, read_mask, read_slice, read_target
 from mri_unlearn.data.header import Header
 from mri_unlearn.data.volumes import index_volumes
-from mri_unlearn.data.files import read_header, read_item, read_mask, read_slice, read_target
 from mri_unlearn.data.writing import write_volume
+from mri_unlearn.machinery.disk import DataError
 
 XSI = b'xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xmlns='
 
