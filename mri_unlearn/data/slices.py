@@ -16,7 +16,7 @@ import torch
 from fasttransform import ItemTransform
 
 from .files import read_item
-from .writing import crop_size
+from .header import crop_size
 from ..machinery.disk import DataError
 from ..signal.kspace import center_crop
 from ..signal.masks import clip_mask, file_seed

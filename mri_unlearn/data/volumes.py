@@ -22,9 +22,8 @@ import pandas as pd
 from tqdm import tqdm
 
 import mri_unlearn
-from .writing import crop_size
 from .files import read_header, read_meta
-from .header import padding_in
+from .header import crop_size, padding_in
 from ..machinery.disk import DataError, atomic_path
 
 # %% ../../nbs/20_data.volumes.ipynb #8aef2cd7
