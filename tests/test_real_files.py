@@ -1,4 +1,4 @@
-"""The data set as it is: folders as fastMRI ships them, files with known oddities, unusable files, and a cache of the index that is never stale."""
+"""The data set as it is: folders as fastMRI ships them, known oddities, unusable files, a cache that is never stale."""
 
 import json
 import multiprocessing
