@@ -348,7 +348,7 @@ def their_slices(fastmri, folder, transform):
 
 
 def check_unet(case, ours, theirs):
-    "1e-5 of the standard deviation, which is the unit of the input; float32 keeps 3e-7 of the largest value, 10 of them"
+    "1e-5 of the standard deviation, the unit of the input; float32 keeps 3e-7 of the largest value, 10 of them"
     assert set(ours) == set(theirs) and len(ours), case
     for key, sample in theirs.items():
         (x,), y = ours[key]

@@ -94,7 +94,7 @@ def padding_in(
 ) -> tuple:  # (left, right)
     """Columns [left, right) of an array that were measured.
 
-    `Header.padding` for an array that may have another width than the header says; all columns where that leaves none."""
+    `Header.padding`, where the array may have another width than the header says; all columns if that leaves none."""
     left = width // 2 - header.enc_center
     left, right = max(left, 0), min(left + header.enc_maximum + 1, width)
     return (left, right) if left < right else (0, width)
