@@ -9,6 +9,7 @@ __all__ = ['read_slice', 'read_target', 'read_mask', 'RawSlice', 'read_item', 'r
 # %% ../../nbs/19_data.files.ipynb #8f76277d
 import os
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import h5py
@@ -19,10 +20,16 @@ from .header import Header, _brief_header, header_from_xml
 from ..machinery.disk import DataError
 
 # %% ../../nbs/19_data.files.ipynb #2d82cec8
-_ACCESS = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-_ACCESS.set_fclose_degree(h5py.h5f.CLOSE_STRONG)  # closes what was opened inside, too
-_ACCESS.set_cache(*_ACCESS.get_cache()[:2], 0, 1.0)
 _DAMAGED = OSError, RuntimeError, LookupError, TypeError, ValueError  # all of them what h5py raises
+
+
+@lru_cache(None)
+def _access():
+    "How HDF5 opens files: closed with all that was opened inside, and no cache of chunks."
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_cache(*access.get_cache()[:2], 0, 1.0)
+    return access
 
 
 def _unreadable(path, error):
@@ -40,7 +47,7 @@ def _unreadable(path, error):
 def _open(path):
     "An HDF5 file open for reading, closed again whatever happens; what h5py raises becomes `DataError`."
     try:
-        f = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _ACCESS)
+        f = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _access())
         try:
             yield f
         finally:

@@ -106,7 +106,7 @@ def held_out_by_patient(
     test_fraction: float,  # share of the patients of each organ, above 0 and below 1
     seed: int,  # of the draw
 ) -> pd.Series:  # bool, True for test volumes
-    """Test volumes by drawing patients: at least one of each organ, and not the last one.
+    """Test volumes by drawing patients: of each organ at least one is drawn and one is left, where there are two.
 
     DataError: an impossible fraction."""
     if not 0 < test_fraction < 1:
@@ -175,7 +175,8 @@ def split_volumes(
     """Divide the volumes into what stays and what goes, for training and for testing.
 
     DataError: a patient would stand on two sides (the error names the patient), nothing to forget was used for
-    training, or nothing to retain would be left. `forget_test` may be empty: requests may name training patients only."""
+    training, or nothing to retain would be left. `forget_test` may be empty, where a request names training
+    patients only."""
     missing = [c for c in ('patient_id', 'organ', 'folder', 'fname') if c not in index]
     if missing:
         raise DataError(f'the index lacks the column {", ".join(missing)}. Make it with index_volumes.')

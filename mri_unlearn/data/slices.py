@@ -23,7 +23,7 @@ from ..signal.masks import clip_mask, file_seed
 
 # %% ../../nbs/28_data.slices.ipynb #9855c947
 class Item(NamedTuple):
-    "One slice as it comes from the file"
+    "One slice as it comes from the file."
 
     kspace: torch.Tensor  # complex64 [coils, rows, cols], fully sampled
     mask: torch.Tensor  # bool [cols], True where a phase-encode line is kept
