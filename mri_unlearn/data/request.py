@@ -18,8 +18,8 @@ from ..machinery.disk import DataError
 def select_volumes(
     index: pd.DataFrame,  # one row a volume
     query: str,  # condition over its columns
-) -> pd.Series:  # bool, with the labels of `index`
-    "Rows that fulfil `query`. Raises `DataError` for a query that cannot be read or is no condition."
+) -> pd.Series:  # bool, with the labels of `index`; a gap in a column counts as no
+    "Rows that fulfil `query`. DataError: an empty index, a query that cannot be read or is no condition."
     if not len(index):
         raise DataError('the index is empty: there is no volume to choose from.')
     try:
@@ -49,8 +49,11 @@ class ForgetRequest:
     query: str  # condition over the index: "organ == 'knee'", "patient_id in ['b0003', 'k0007']"
     reason: str = ''  # for the record
 
-    def select(self, index: pd.DataFrame) -> pd.Series:
-        "True for each volume to forget. Raises `DataError` when that is none of them or all."
+    def select(
+        self,
+        index: pd.DataFrame,  # one row a volume
+    ) -> pd.Series:  # bool, with the labels of `index`
+        "True for each volume to forget. DataError: that is none of them or all, or as `select_volumes`."
         hit = select_volumes(index, self.query)
         if not hit.any():
             raise DataError(f'request {self.query!r} matches none of the {len(index)} volumes.')
@@ -58,17 +61,25 @@ class ForgetRequest:
             raise DataError(f'request {self.query!r} matches all {len(index)} volumes: nothing would be retained.')
         return hit
 
-    def split(self, index, **kwargs):
-        "The index with a column `split`, see `split_volumes`."
+    def split(
+        self,
+        index,  # one row a volume
+        **kwargs,  # of `split_volumes`
+    ):  # the index with a column `split`
+        "The four parts of the data for this request, see `split_volumes`."
         return split_volumes(index, self, **kwargs)
 
     def to_dict(self):
+        "For a record, such as JSON."
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, d):
-        "The request of a record made by `to_dict`."
-        return cls(**d)
+    def from_dict(
+        cls,
+        record,  # made by `to_dict`
+    ):
+        "The request of a record."
+        return cls(**record)
 
 # %% ../../nbs/27_data.request.ipynb #cc45b283
 TEST_ENDINGS = ('_val', '_test', '_challenge', '_test_full', '_test_v2')
@@ -76,34 +87,36 @@ TEST_ENDINGS = ('_val', '_test', '_challenge', '_test_full', '_test_v2')
 
 def held_out_by_folder(
     index: pd.DataFrame,  # with the column `folder`
-):  # bool Series, True for test volumes; None where the folders do not tell
-    "Test volumes by the names of the folders. Raises `DataError` where only some of them are telling names."
+) -> pd.Series | None:  # bool, True for test volumes; None where the folders do not tell
+    "Test volumes by the names of the folders. DataError: only some of them are telling names."
     train, test = index.folder.str.endswith('_train'), index.folder.str.endswith(TEST_ENDINGS)
     if not (train.any() and test.any()):
         return None
     other = sorted(index.folder[~(train | test)].unique())
     if other:
         raise DataError(
-            f'some folders say whether they are for training or testing, {", ".join(other)} does not. Rename it to end in '
-            "_train or _val, leave it out, or choose test='patient' for a random division."
+            f'some folders say whether they are for training or testing, {", ".join(other)} does not. '
+            "Rename it to end in _train or _val, leave it out, or choose test='patient' for a random division."
         )
     return test
 
 # %% ../../nbs/27_data.request.ipynb #99001154
 def held_out_by_patient(
     index: pd.DataFrame,  # with the columns `patient_id` and `organ`
-    test_fraction: float,  # share of the patients of each organ
-    seed: int,
+    test_fraction: float,  # share of the patients of each organ, above 0 and below 1
+    seed: int,  # of the draw
 ) -> pd.Series:  # bool, True for test volumes
-    "Test volumes by drawing patients; of each organ at least one is drawn and one is left, where there are two or more."
+    """Test volumes by drawing patients: of each organ at least one is drawn and one is left, where there are two.
+
+    DataError: an impossible fraction."""
     if not 0 < test_fraction < 1:
         raise DataError(f'the test fraction must lie between 0 and 1, found {test_fraction}.')
     # a patient with several organs is drawn once, in a group of such patients
-    group = index.groupby('patient_id').organ.agg(lambda o: '+'.join(sorted(set(o)))).sort_index()
+    group = index.groupby('patient_id').organ.agg(lambda organs: '+'.join(sorted(set(organs)))).sort_index()
     rng, drawn = np.random.default_rng(seed), []
-    for _, g in group.groupby(group, sort=True):
-        n = min(max(1, round(test_fraction * len(g))), len(g) - 1)
-        drawn += list(rng.permutation(g.index.to_numpy(dtype=object))[:n])
+    for _, patients in group.groupby(group, sort=True):
+        n = min(max(1, round(test_fraction * len(patients))), len(patients) - 1)
+        drawn += list(rng.permutation(patients.index.to_numpy(dtype=object))[:n])
     return index.patient_id.isin(drawn)
 
 # %% ../../nbs/27_data.request.ipynb #297307c5
@@ -132,35 +145,45 @@ def _check_leaks(index, is_test, forget, allow_mixed):
     both = _cut_patients(index, forget)
     if both and not allow_mixed:
         raise DataError(
-            f'patient {_names(both)}: the request names some of the volumes but not all, and what is learnt from the rest would stay. '
+            f'patient {_names(both)}: the request names some of the volumes but not all, '
+            'and what is learnt from the rest would stay. '
             'Ask for whole patients, or say allow_mixed=True if that is meant.'
         )
 
 # %% ../../nbs/27_data.request.ipynb #99171864
+def _held_out(index, test, test_fraction, seed):
+    "True for test volumes, by the folders' names or by drawing patients."
+    by_folder = None if test == 'patient' else held_out_by_folder(index)
+    if by_folder is not None:
+        return by_folder
+    if test == 'folder':
+        raise DataError(
+            f'folders {", ".join(sorted(index.folder.unique()))}: '
+            'expected some that end in _train and some in _val or _test.'
+        )
+    return held_out_by_patient(index, test_fraction, seed)
+
+# %% ../../nbs/27_data.request.ipynb #c6ca2475
 def split_volumes(
     index: pd.DataFrame,  # one row a volume, from `index_volumes`
-    request: ForgetRequest,
-    test='auto',  # 'folder': folder names divide training and testing; 'patient': draw patients; 'auto': folder where possible
+    request: ForgetRequest,  # what must go
+    test='auto',  # 'folder': folder names say what is for testing; 'patient': draw patients; 'auto': folder if possible
     test_fraction=0.2,  # share of the patients to draw
     seed=0,  # of the draw
     allow_mixed=False,  # let a request name some volumes of a patient and retain the others
 ) -> pd.DataFrame:  # copy of `index` with the column `split`: one of `SPLITS`
     """Divide the volumes into what stays and what goes, for training and for testing.
 
-    Raises `DataError` where a patient would stand on two sides (naming the patient), where nothing to forget was used for
-    training, and where nothing to retain would be left. `forget_test` may be empty, when a request names training patients only."""
+    DataError: a patient would stand on two sides (the error names the patient), nothing to forget was used for
+    training, or nothing to retain would be left. `forget_test` may be empty, where a request names training
+    patients only."""
     missing = [c for c in ('patient_id', 'organ', 'folder', 'fname') if c not in index]
     if missing:
         raise DataError(f'the index lacks the column {", ".join(missing)}. Make it with index_volumes.')
     if test not in ('auto', 'folder', 'patient'):
         raise DataError(f"test must be 'auto', 'folder' or 'patient', found {test!r}.")
-    forget, is_test = request.select(index), None if test == 'patient' else held_out_by_folder(index)
-    if is_test is None:
-        if test == 'folder':
-            raise DataError(
-                f'folders {", ".join(sorted(index.folder.unique()))}: expected some that end in _train and some in _val or _test.'
-            )
-        is_test = held_out_by_patient(index, test_fraction, seed)
+    forget = request.select(index)
+    is_test = _held_out(index, test, test_fraction, seed)
     _check_leaks(index, is_test, forget, allow_mixed)
     split = [f'{"forget" if f else "retain"}_{"test" if t else "train"}' for f, t in zip(forget, is_test)]
     for part, why in (
@@ -172,32 +195,31 @@ def split_volumes(
     return index.assign(split=split)
 
 # %% ../../nbs/27_data.request.ipynb #6c4926ef
+def _in_order(column):
+    "Parts in the order of `SPLITS`, organs by name."
+    return column.map(SPLITS.index) if column.name == 'split' else column
+
+
 def split_table(
     splits: pd.DataFrame,  # from `split_volumes`
 ) -> pd.DataFrame:  # one row for each part and organ: patients, volumes, slices
     "How much there is in each part. Empty parts are listed too."
-    t = (
-        splits.groupby(['split', 'organ'])
-        .agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum'))
-        .reset_index()
-    )
-    empty = pd.DataFrame(
-        [dict(split=s, organ='', patients=0, volumes=0, slices=0) for s in SPLITS if s not in set(t.split)],
-        columns=t.columns,
-    )
-    t = pd.concat([t, empty], ignore_index=True) if len(empty) else t
-    return t.sort_values(
-        ['split', 'organ'], key=lambda c: c.map(SPLITS.index) if c.name == 'split' else c, ignore_index=True
-    )
+    counts = dict(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum'))
+    table = splits.groupby(['split', 'organ']).agg(**counts).reset_index()
+    absent = [part for part in SPLITS if part not in set(table.split)]
+    if absent:
+        rows = [dict(split=part, organ='', patients=0, volumes=0, slices=0) for part in absent]
+        table = pd.concat([table, pd.DataFrame(rows, columns=table.columns)], ignore_index=True)
+    return table.sort_values(['split', 'organ'], key=_in_order, ignore_index=True)
 
 # %% ../../nbs/27_data.request.ipynb #bf6f9f51
 def retain_subset(
     splits: pd.DataFrame,  # from `split_volumes`
     fraction: float,  # share of the volumes in `retain_train`, above 0 and at most 1
-    seed=0,
+    seed=0,  # of the order of the volumes
 ) -> pd.DataFrame:  # its rows in `splits`, in their order
     """A share of the retained training volumes: at least one, a smaller one contained in a larger one of the same seed,
-    pulse sequences in proportion as far as whole volumes allow. Raises `DataError` for an impossible fraction."""
+    pulse sequences in proportion as far as whole volumes allow. DataError: an impossible fraction, nothing to take."""
     if isinstance(fraction, bool) or not 0 < fraction <= 1:
         raise DataError(f'the retain fraction must be above 0 and at most 1, found {fraction}. For 10 % say 0.1.')
     rows = splits[splits.split == 'retain_train']
@@ -206,8 +228,8 @@ def retain_subset(
     if not rows.index.is_unique:
         raise DataError('the splits have rows with the same labels. Renew them with reset_index(drop=True).')
     rng, place = np.random.default_rng(seed), {}
-    for _, g in rows.sort_values(['folder', 'fname']).groupby(['organ', 'acquisition'], sort=True):
-        for i, label in enumerate(rng.permutation(g.index.to_numpy())):
-            place[label] = ((i + 0.5) / len(g), rng.random())  # chance decides between equal places
+    for _, group in rows.sort_values(['folder', 'fname']).groupby(['organ', 'acquisition'], sort=True):
+        for i, label in enumerate(rng.permutation(group.index.to_numpy())):
+            place[label] = ((i + 0.5) / len(group), rng.random())  # chance decides between equal places
     first = sorted(place, key=place.get)[: max(1, round(fraction * len(rows)))]
     return rows[rows.index.isin(first)]
