@@ -96,7 +96,7 @@ def _mine_and_others(results, network, split):
 def _by_patient(scores):
     return scores.groupby(level='patient').mean()
 
-
+# %% ../../nbs/58_verdict.equivalence.ipynb #d3eca376
 def paired_differences(
     results: pd.DataFrame,  # results.csv: one row a network and volume
     network,  # `NetworkName`, or a dict with values of `KEYS`, as many as it takes

@@ -42,7 +42,7 @@ def _check_names(volumes):
             'give one folder at a time'
         )
 
-
+# %% ../../nbs/57_verdict.reconstruct.ipynb #0db69c2f
 def reconstruct(
     model,  # network, or None for the zero-filled image
     volumes: pd.DataFrame,  # rows of `index_volumes`, with or without target
@@ -56,8 +56,8 @@ def reconstruct(
 ) -> int:  # number of volumes that were reconstructed now; those that were there already do not count
     """Reconstruct volumes one after the other into files as fastMRI's `save_reconstructions` makes them.
 
-    Pictures go into the folder `png` within `out`. Raises `DataError` for two volumes of one name, and for a folder that
-    holds predictions of another network or mask, or files that were not made here.
+    Pictures go into the folder `png` within `out`. Raises `DataError` for two volumes of one name, and for a folder
+    that holds predictions of another network or mask, or files that were not made here.
     """
     _check_names(volumes)
     out, record = Path(out), dict(weights=weights_digest(model), mask=about or {})
