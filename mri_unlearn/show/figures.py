@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPI', 'CSS', 'COLOURS', 'METHOD_COLOURS', 'METHOD_MARKERS', 'RADII', 'ANGLES', 'SharpFigure', 'new_axes',
            'save_figure', 'method_looks', 'show_images', 'show_reconstructions', 'show_mask', 'save_recon_picture',
-           'place_labels']
+           'place_labels', 'covered_labels']
 
 # %% ../../nbs/70_show.figures.ipynb #2c7ef555
 import io
@@ -21,7 +21,7 @@ DPI = 144  # dots an inch of every picture: sharp on paper and on a dense screen
 CSS = 96  # dots an inch of a page, whatever the screen
 
 
-def _png(fig, colours=128):
+def _png(fig, colours):
     "`fig` as a small PNG with at most `colours` colours"
     full, small = io.BytesIO(), io.BytesIO()
     fig.savefig(full, format='png', dpi=DPI)
@@ -34,8 +34,10 @@ def _png(fig, colours=128):
 class SharpFigure(Figure):
     "A matplotlib figure that notebooks show sharply, at its own size, and once"
 
+    colours = 128  # of the picture in a notebook, at most: noise needs fewer, or the notebook grows
+
     def _repr_mimebundle_(self, include=None, exclude=None):
-        png, (width, height) = _png(self)
+        png, (width, height) = _png(self, self.colours)
         shown = {'width': width * CSS // DPI, 'height': height * CSS // DPI}
         return {'image/png': png}, {'image/png': shown}
 
@@ -48,7 +50,12 @@ def new_axes(
 ) -> tuple:  # figure, and its axes as an array [rows, cols]
     "A figure and its axes, unknown to pyplot: nobody has to close it"
     fig = SharpFigure(figsize=(cols * size[0], rows * size[1]), dpi=DPI, layout='constrained')
-    return fig, fig.subplots(rows, cols, squeeze=False, **kwargs)
+    axs = fig.subplots(rows, cols, squeeze=False, **kwargs)
+    for ax in axs.flat:
+        ax.tick_params(labelsize=8)
+        ax.xaxis.label.set_size(9)
+        ax.yaxis.label.set_size(9)
+    return fig, axs
 
 # %% ../../nbs/70_show.figures.ipynb #c255e0e5
 def _panel(ax, size=(4.0, 3.0)):
@@ -203,6 +210,7 @@ def show_mask(
     if num_low_frequencies:
         left = (width - num_low_frequencies + 1) // 2 - 0.5  # fastMRI's centre: pad = (width - n_low + 1) // 2
         ax.plot([left, left + num_low_frequencies], [0.6, 0.6], color='tab:orange', lw=3, clip_on=False)
+        ax.set_ylim(0.5, -0.5)  # the line stays outside
         ax.set_xlabel(f'dense centre: {num_low_frequencies} lines', fontsize=8, color='tab:orange', labelpad=6)
     return ax.figure
 
@@ -273,3 +281,12 @@ def place_labels(
             arrow = dict(arrowstyle='-', lw=0.5, color='.5', shrinkB=3)
             ax.annotate('', xy, offset, textcoords='offset points', arrowprops=arrow)
     return texts
+
+# %% ../../nbs/70_show.figures.ipynb #eba3a1cf
+def covered_labels(
+    ax,  # axes of a finished figure
+) -> list:  # of pairs of str
+    "Labels within the axes that cover each other: whoever draws names can assert that there are none"
+    ax.figure.draw_without_rendering()
+    labels = [(text.get_text(), text.get_window_extent()) for text in ax.texts if text.get_text()]
+    return [(a, b) for i, (a, box) in enumerate(labels) for b, other in labels[:i] if box.overlaps(other)]

@@ -6,11 +6,11 @@
 __all__ = ['TICKS', 'MARKERS', 'OTHER', 'LOSSES', 'STATES', 'plot_knowledge_matrix', 'plot_gap_plane', 'plot_retain_fraction',
            'plot_trace', 'plot_losses', 'plot_verdicts']
 
-# %% ../../nbs/71_show.plots.ipynb #673fddd6
+# %% ../../nbs/71_show.plots.ipynb #2f6908ae
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from .figures import COLOURS, _panel, method_looks, new_axes, place_labels
 from .reading import one_per_method, oracle_band, tested, with_gaps
@@ -49,7 +49,7 @@ def plot_knowledge_matrix(
     spreads = _spreads(df, rows, cols)
     ax = _panel(ax, (1.2 + 1.5 * len(cols), 0.8 + 0.65 * len(rows)))
     span = max(np.nanmax(np.abs(difference.to_numpy()), initial=0), 0.5)
-    ax.imshow(difference.fillna(0).to_numpy(), cmap='RdBu', vmin=-1.6 * span, vmax=1.6 * span, aspect='auto')
+    ax.imshow(difference.fillna(0).to_numpy(), cmap='RdBu', vmin=-2.2 * span, vmax=2.2 * span, aspect='auto')
     look = dict(ha='center', va='center')
     for y, row in enumerate(rows):
         for x, col in enumerate(cols):
@@ -198,7 +198,9 @@ def plot_retain_fraction(
     for ax, side in zip(axs[0], ('retain', 'forget')):
         _gap_panel(ax, summary, side, oracle_band(summary), methods)
     axs[0, 0].set_ylabel('gap to the Oracle, dB')
-    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8, frameon=False)
+    handles, names = axs[0, 0].get_legend_handles_labels()
+    ncols = min(5, len(names))
+    fig.legend(handles, names, loc='outside lower center', ncols=ncols, fontsize=8, frameon=False)
     fig.suptitle('\n'.join(filter(None, [title, _band_said(summary, oracle_band(summary))])), fontsize=9)
     return fig
 
@@ -282,8 +284,9 @@ def plot_losses(
         ax.set_ylabel('loss')
     if (history[shown].min(skipna=True) > 0).all():  # a loss that ascent made negative has no place on a log axis
         axs[0, 0].set_yscale('log')  # shared by all panels
-        for set_formatter in (axs[0, 0].yaxis.set_major_formatter, axs[0, 0].yaxis.set_minor_formatter):
-            set_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+        axs[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axs[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+        axs[0, 0].yaxis.set_minor_locator(NullLocator())
     axs[0, 0].legend(fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=9)
     return fig
@@ -315,9 +318,8 @@ def _forest(ax, table, side, limit):
     ticks = [tick for tick in (-15, -5, -1, 0, 1, 5, 15) if abs(tick) <= furthest]
     ax.set_xticks(ticks, [_minus(f'{tick:+g}') if tick else '0' for tick in ticks])
     ax.minorticks_off()
-    ax.set_xlabel('gap to the Oracle, dB', fontsize=8)
+    ax.set_xlabel('gap to the Oracle, dB')
     ax.set_title(f'{side} test volumes, margin ±{margin:.2f} dB', fontsize=9)
-    ax.tick_params(labelsize=8)
 
 # %% ../../nbs/71_show.plots.ipynb #6dafc692
 def plot_verdicts(
@@ -327,7 +329,10 @@ def plot_verdicts(
     """Forest plot: gaps with the interval of the test, on both sides, and the margins as bands.
 
     Green is shown to lie within the margin, red is shown to lie beyond, grey is neither."""
-    fig, axs = new_axes(1, 2, (4, 0.95 + 0.24 * len(table)), sharey=True)
+    fig, axs = new_axes(1, 2, (4, 1.15 + 0.24 * len(table)), sharey=True)
+    fig.suptitle(
+        'green: shown to lie within the margin (grey band); red: shown to lie beyond; grey: neither', fontsize=9
+    )
     for ax, side in zip(axs[0], ('retain', 'forget')):
         if f'gap_{side}_db' in table:
             _forest(ax, table, side, limit)
