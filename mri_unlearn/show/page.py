@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_figures', 'write_report']
 
-# %% ../../nbs/74_show.page.ipynb #59b70d1c
+# %% ../../nbs/74_show.page.ipynb #2c8f41b2
 import base64
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..machinery.disk import atomic_path
-from .figures import CSS, DPI, save_figure
+from .figures import CSS_DPI, DPI, save_figure
 from .plots import plot_gap_plane, plot_knowledge_matrix, plot_retain_fraction, plot_trace
 from .reading import has_oracle, is_simulated, provenance, read_run, split_sizes, with_gaps
 from mri_unlearn.show.report import (
@@ -224,7 +224,7 @@ _LOSSES = {'losses': 'Training and validation loss of the networks.'}  # beneath
 def _image(path, caption):
     "A PNG as the page holds it: within the file, at its own size"
     png = path.read_bytes()
-    width = int.from_bytes(png[16:20], 'big') * CSS // DPI
+    width = int.from_bytes(png[16:20], 'big') * CSS_DPI // DPI
     return SimpleNamespace(caption=caption, width=width, data=base64.b64encode(png).decode())
 
 
