@@ -193,11 +193,13 @@ def reconstruct(
 ):
     "write the images of a network as files that fastMRI's evaluate.py reads"
     from mri_unlearn.network.weights import load_network
+    from mri_unlearn.show.figures import save_recon_picture
     from mri_unlearn.verdict.reconstruct import reconstruct
 
     about = {k: getattr(args, k) for k in ('mask', 'acceleration', 'center_fraction')}
     net, index = None if args.zero_filled else load_network(args.model), index_of(args)
-    how = dict(bs=args.batch_size, png=args.png, num_workers=args.workers)
+    picture = save_recon_picture if args.png else None
+    how = dict(bs=args.batch_size, picture=picture, num_workers=args.workers)
     n = reconstruct(net, index, mask_of(args), args.out, about, **how)
     where = f'in {args.out}, NAME.h5 with the dataset reconstruction'
     print(f'volumes reconstructed: {n}, there already: {len(index) - n}; {where}')
