@@ -10,12 +10,11 @@ import hashlib
 from pathlib import Path
 
 import pandas as pd
-from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from ..data.loaders import ReconDL
 from ..data.slices import SliceDataset
-from ..machinery.disk import DataError, atomic_path, claim
+from ..machinery.disk import DataError, claim
 from ..network.weights import input_of
 from .evaluate import reconstruct_volumes, write_prediction
 
@@ -74,27 +73,3 @@ def reconstruct(
             write_prediction(out, recon)
             bar.update(len(recon.image))
     return len(todo)
-
-# %% ../../nbs/57_verdict.reconstruct.ipynb #dcd95e51
-# until `show` has it
-def _save_picture(path, recon, has_target):
-    "The middle slice of a volume as PNG: reconstruction, and where there is a target that and the error"
-    i = len(recon.image) // 2
-    image = recon.image[i].cpu()
-    top = float(recon.target[i].max()) if has_target else float(image.max())
-    panels = {'reconstruction': (image, 'gray', top)}
-    if has_target:
-        panels |= {
-            'target': (recon.target[i].cpu(), 'gray', top),
-            'error': ((image - recon.target[i].cpu()).abs(), 'magma', top / 4),
-        }
-    fig, axs = plt.subplots(
-        1, len(panels), figsize=(3 * len(panels), 3.2), dpi=100, squeeze=False, layout='constrained'
-    )
-    for ax, (title, (im, cmap, vmax)) in zip(axs[0], panels.items()):
-        ax.imshow(im, cmap=cmap, vmin=0, vmax=vmax or 1)
-        ax.set_title(title)
-        ax.axis('off')
-    with atomic_path(path) as tmp:
-        fig.savefig(tmp)
-    plt.close(fig)
