@@ -228,12 +228,12 @@ def _check_space(root, studies, settings):
 
 # %% ../../nbs/21_phantom.simulate.ipynb #c705d67b
 def lesions_of(
-    study: Study,
+    study: Study,  # one of the person's
     seed: int,  # of the data set
 ) -> int:
     "Number of focal lesions of a simulated person: white-matter lesions of a brain, bone-marrow lesions of a knee"
-    p = subject(study.organ, _seeds(seed, study)[0]).p
-    return len(p['lesions' if study.organ == 'brain' else 'spots'])
+    traits = subject(study.organ, _seeds(seed, study)[0]).traits
+    return len(traits['lesions' if study.organ == 'brain' else 'spots'])
 
 
 def lesion_groups(
@@ -269,7 +269,9 @@ def simulate_dataset(
     root, studies = Path(root), plan_studies(settings['patients'])
     _claim(root, settings)
     _check_space(root, studies, settings)
-    by_patient = [(_simulate_patient, root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)]
+    by_patient = [
+        (_simulate_patient, root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)
+    ]
     workers = min(2, os.cpu_count() or 1) if workers is None else workers
     with (
         Progress(len(studies), progress, 'simulate', 'volume') as bar,
