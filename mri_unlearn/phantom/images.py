@@ -21,7 +21,8 @@ from mri_unlearn.phantom.scanner import (
     signal_scale,
     to_kspace,
 )
-from .tissue import Noise, PLANES, band
+from .noise import Noise, band
+from .tissue import PLANES
 
 # %% ../../nbs/25_phantom.images.ipynb #b2a49b86
 def field_of_view(

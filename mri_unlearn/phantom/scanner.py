@@ -14,7 +14,8 @@ from scipy import fft as sfft
 
 from .coils import coil_loops, coil_maps, smooth_maps
 from .contrast import CONTRASTS, Contrast, SITES, Site, tissue_signals
-from .tissue import Subject, interpolator, plane_points
+from .tissue import Subject, plane_points
+from .noise import interpolator
 
 # %% ../../nbs/16_phantom.scanner.ipynb #3475d7ed
 def _mixed(cut, signals):
