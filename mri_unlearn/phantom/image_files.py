@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from ..machinery.disk import DataError
-from .image_headers import numbered, ImageVolume, contrast_of, header_facts, nifti_volumes, npy_volumes, optional_package, patient_of
+from mri_unlearn.phantom.image_headers import (
+    numbered,
+    ImageVolume,
+    contrast_of,
+    header_facts,
+    nifti_volumes,
+    npy_volumes,
+    optional_package,
+    patient_of,
+)
 
 # %% ../../nbs/23_phantom.image_files.ipynb #5a9fbdb2
 def _flat(group):
@@ -240,7 +249,7 @@ def _search_kinds(here, kinds, rule, strict):
         found += _attempt(_find_series, (here, list(group), rule), skipped, strict)
     return found, skipped
 
-
+# %% ../../nbs/23_phantom.image_files.ipynb #37afb75d
 def without_folder(
     root,  # Path of the folder of images
     text: str,  # a message

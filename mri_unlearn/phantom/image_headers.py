@@ -195,9 +195,7 @@ def _volumes(kind, root, rel, rule, shape, n, side, text, **size):
     "The `n` volumes of one NIfTI or NumPy file; size: its `steps` or its `spacing`"
     said = dict(contrast=contrast_of(text), about=header_facts(side.get, True), **size)
     patient = patient_of(rel, rule=rule)
-    return [
-        ImageVolume(root, numbered(rel, i, n), kind, (rel,), patient, shape, index=i, **said) for i in range(n)
-    ]
+    return [ImageVolume(root, numbered(rel, i, n), kind, (rel,), patient, shape, index=i, **said) for i in range(n)]
 
 # %% ../../nbs/08_phantom.image_headers.ipynb #be36dadd
 def _nifti_header(path):

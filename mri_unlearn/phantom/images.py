@@ -185,7 +185,10 @@ def _fields_of_view(pixels, spacing, oversample):
     return (y * oversample, x, spacing[0]), (y, x, spacing[0])
 
 
-_UNKNOWN = dict(tr_ms=0.0, te_ms=0.0, ti_ms=0.0, flip_deg=0.0, sequence_type='')  # what no image volume tells
+def _facts(site, contrast):
+    "What the header will say of the scan; the sequence is not known"
+    unknown = dict(tr_ms=0.0, te_ms=0.0, ti_ms=0.0, flip_deg=0.0, sequence_type='')
+    return unknown | dict(site=site, field_T=site.field_T, acquisition=contrast or 'unknown')
 
 
 def _measure(k, drawn, snr, rng):
@@ -231,7 +234,6 @@ def image_kspace(
     fields = fields or coil_fields(rng, organ, coils, bumps, plane, *body_extent(image, spacing, plane))
     k = _gather(image, spacing, fields, pixels, recon, oversample, coils)
     sigma, center, maximum = _measure(k, drawn, snr, noise_rng)
-    about = dict(site=site, field_T=site.field_T, acquisition=contrast or 'unknown')
     return Acquisition(
         kspace=k,
         recon=recon,
@@ -239,6 +241,5 @@ def image_kspace(
         enc_center=center,
         enc_maximum=maximum,
         extras=dict(snr=float(snr), sigma=sigma),
-        **_UNKNOWN,
-        **about,
+        **_facts(site, contrast),
     )

@@ -280,6 +280,13 @@ def _fields_of_view(contrast, recon, W, oversample):
     return (fov * oversample, fov / h * W, thick), (fov, fov / h * w, thick)
 
 
+def _facts(contrast, site, seq):
+    "What the header will say of sequence and scanner"
+    kind = 'Flash' if contrast.kind == 'gre' else 'TurboSpinEcho'
+    times = {f'{name}_ms': seq[name] for name in ('tr', 'te', 'ti')}
+    return dict(flip_deg=contrast.flip, sequence_type=kind, field_T=site.field_T, site=site, **times)
+
+
 def _measure(k, drawn, sigma, rng):
     "Add noise and leave out what was not measured, in place; returns the header's center and maximum"
     for i in range(len(k)):
@@ -324,13 +331,9 @@ def acquire(
         kspace=k,
         recon=(h, w),
         fov_mm=_fields_of_view(contrast, recon, W, oversample),
-        **{f'{name}_ms': drawn['seq'][name] for name in ('tr', 'te', 'ti')},
-        flip_deg=contrast.flip,
-        sequence_type='Flash' if contrast.kind == 'gre' else 'TurboSpinEcho',
-        field_T=site.field_T,
         enc_center=center,
         enc_maximum=maximum,
-        site=site,
         acquisition=acquisition,
         extras=more,
+        **_facts(contrast, site, drawn['seq']),
     )
