@@ -18,6 +18,7 @@ from ..machinery.disk import DataError
 from ..network.learner import to_image
 from ..network.unet import UNet
 from ..network.varnet import VarNet
+from ..network.weights import unwrapped
 from .catalog import method
 from .core import ForgetDescent, NoisyLabels, RetainDescent
 from .losses import check_level, forget_level, forget_losses
@@ -43,7 +44,8 @@ def weight_scores(
     for xb, y in outside(learn, forget, n):
         pred, seen = learn.model(*xb), seen + 1
         if kind == 'norm':
-            value = ((to_image(pred, y) - y.mean[:, None, None]) / y.std[:, None, None]).square().mean()
+            image = to_image(pred, y, learn.dls.train_ds.input)
+            value = ((image - y.mean[:, None, None]) / y.std[:, None, None]).square().mean()
         else:
             value = learn.loss_func.per_item(pred, *y).mean()
         for s, g in zip(sums, torch.autograd.grad(value, params, allow_unused=True)):
@@ -218,6 +220,7 @@ def parts_of(
     k: int = 1,  # how many blocks or cascades, for 'last'
 ):  # list of modules
     "The parts of a network that are near its output; raises `DataError` for a network that is neither U-Net nor VarNet"
+    model = unwrapped(model)
     if not isinstance(model, (UNet, VarNet)):
         raise DataError(
             f"the last layers of a {type(model).__name__} are unknown: expected a UNet or a VarNet; choose which='saliency'"
@@ -265,7 +268,11 @@ class ResetWeights(Callback):
 
     def before_fit(self):
         masks, params = self.masks(), [p for p in self.model.parameters() if p.requires_grad]
-        new = [q for p, q in zip(self.model.parameters(), fresh(self.model, self.seed).parameters()) if p.requires_grad]
+        new = [
+            q
+            for p, q in zip(self.model.parameters(), fresh(self.model, seed=self.seed).parameters())
+            if p.requires_grad
+        ]
         for p, q, m in zip(params, new, masks):
             p.data.copy_(torch.where(m, q, p))
         self.share = sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)

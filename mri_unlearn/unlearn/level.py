@@ -12,7 +12,9 @@ import torch
 from fastai.callback.core import Callback
 
 from ..network.unet import UNet
+from ..network.learner import to_image
 from ..network.varnet import VarNet
+from ..network.weights import unwrapped
 from .teachers import FORWARD, image_difference, outside, spend
 
 # %% ../../nbs/52_unlearn.level.ipynb #5e7be9f6
@@ -24,7 +26,7 @@ SHADOW = {
 
 def shadow_level(model):
     "What an Oracle of this architecture keeps, where that was measured; else None"
-    return next((level for kind, level in SHADOW.items() if isinstance(model, kind)), None)
+    return next((level for kind, level in SHADOW.items() if isinstance(unwrapped(model), kind)), None)
 
 
 def over_zero_filled(
@@ -40,7 +42,8 @@ def over_zero_filled(
             def error(image):
                 return image_difference(image, y.target, y).square().mean((1, 2))
 
-            found.append(10 * torch.log10(error(y.image) / error(learn.model(*xb))))
+            image = to_image(learn.model(*xb), y, learn.dls.train_ds.input)
+            found.append(10 * torch.log10(error(y.image) / error(image)))
     learn.model.train(training)
     found = torch.cat(found)
     spend(learn, len(found) * FORWARD, time.perf_counter() - start)

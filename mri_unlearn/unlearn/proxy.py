@@ -23,9 +23,9 @@ from mri_unlearn.unlearn.teachers import (
     Teacher,
     TeacherTerm,
     image_difference,
+    fresh,
     in_part,
     outside,
-    redraw,
     rows_of,
     spend,
     timed,
@@ -48,13 +48,13 @@ def train_proxy(
     retain = [i for i, (v, _) in enumerate(ds.items) if not ds.forget[v]]
     if not retain:
         raise DataError('a proxy needs retained slices; there are none at hand')
-    steps, proxy = max(1, int(slices)), redraw(learn.model, part, seed).requires_grad_(True).train()
+    steps, proxy = max(1, int(slices)), fresh(learn.model, part, seed).requires_grad_(True).train()
     opt, schedule = torch.optim.AdamW(proxy.parameters(), lr=lr), one_cycle(lr)
     passes = dl.new(order=BatchPlan(retain, [], 1, steps, seed, ds.shape), seed=seed)
     for i, b in enumerate(passes):
         for g in opt.param_groups:
             g['lr'] = schedule(i / steps)
-        x, y = mirrored(b[: ds.n_inp], Targets(*b[ds.n_inp :]), seed=(seed << 20) + i)
+        x, y = mirrored(b[: ds.n_inp], Targets(*b[ds.n_inp :]), (seed << 20) + i, ds.input)
         opt.zero_grad()
         learn.loss_func.per_item(proxy(*x), *y).mean().backward()
         opt.step()
@@ -62,13 +62,18 @@ def train_proxy(
     return proxy.eval().requires_grad_(False)
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #d6639550
-def mirrored(x, y, seed):
+def mirrored(
+    x: tuple,  # inputs of the network
+    y: Targets,  # of the same batch
+    seed: int,  # of the throw
+    input: str,  # what the loaders give: 'image' or 'kspace'
+):  # (inputs, Targets)
     "A batch of images and `Targets`, mirrored along none, one or both of their axes; k-space is left alone"
-    if len(x) > 1:
+    if input == 'kspace':
         return x, y
     flips = torch.randint(0, 4, (1,), generator=torch.Generator().manual_seed(seed)).item()
     dims = [d for k, d in ((1, -1), (2, -2)) if flips & k]
-    return (x[0].flip(dims),), y._replace(target=y.target.flip(dims), image=y.image.flip(dims))
+    return tuple(t.flip(dims) for t in x), y._replace(target=y.target.flip(dims), image=y.image.flip(dims))
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #94576785
 class Mirror(Callback):
@@ -82,7 +87,7 @@ class Mirror(Callback):
     def before_batch(self):
         if not self.training:
             return
-        x, y = mirrored(self.xb, Targets(*self.yb), (self.seed << 20) + self.train_iter)
+        x, y = mirrored(self.xb, Targets(*self.yb), (self.seed << 20) + self.train_iter, self.dls.train_ds.input)
         self.learn.xb, self.learn.yb = tuple(x), tuple(y)
 
 
@@ -133,9 +138,8 @@ class KeepImages(TeacherTerm):
 
     def term(self):
         rows = ~self.is_forget
-        return self.now() * self.mean_of(
-            rms_distance(self.pred[rows], self.learn.teacher_pred[rows], rows_of(Targets(*self.yb), rows))
-        )
+        now, before = (self.images(answers)[rows] for answers in (self.pred, self.learn.teacher_pred))
+        return self.now() * self.mean_of(rms_distance(now, before, rows_of(Targets(*self.yb), rows)))
 
 
 class ProxyMatch(TeacherTerm):
@@ -163,7 +167,8 @@ class ProxyMatch(TeacherTerm):
     def target(self, rows, y):
         "What the network is pulled to: images of the forgotten slices of the batch, beyond the proxies"
         with torch.no_grad():
-            p = sum(to_image(net(*(x[rows] for x in self.xb)), y) for net in self.proxies) / self.n
+            inputs, kind = tuple(x[rows] for x in self.xb), self.dls.train_ds.input
+            p = sum(to_image(net(*inputs), y, kind) for net in self.proxies) / self.n
         spend(self.learn, FORWARD * self.n * int(rows.sum()))
         return p + self.gamma * (p - y.target)
 
@@ -172,7 +177,7 @@ class ProxyMatch(TeacherTerm):
         if not rows.any():
             return self.item_loss.sum() * 0.0
         y = rows_of(Targets(*self.yb), rows)
-        return self.now() * rms_distance(self.pred[rows], self.target(rows, y), y).mean()
+        return self.now() * rms_distance(self.images(self.pred)[rows], self.target(rows, y), y).mean()
 
     def after_fit(self):
         self.proxies = None
@@ -292,7 +297,7 @@ class FromScratch(Callback):
         self.seed = seed
 
     def before_fit(self):
-        self.model.load_state_dict(redraw(self.model, 'all', self.seed).state_dict())
+        self.model.load_state_dict(fresh(self.model, seed=self.seed).state_dict())
 
 
 @method('retain', bs=1)

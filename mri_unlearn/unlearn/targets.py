@@ -18,6 +18,7 @@ from ..machinery.disk import DataError
 from ..network.learner import to_image
 from ..network.unet import UNet
 from ..network.varnet import VarNet
+from ..network.weights import unwrapped
 from .catalog import method
 from .core import ForgetDescent, LossTerm, NoisyLabels, RetainDescent
 from .losses import check_level
@@ -34,7 +35,7 @@ class RandomTeacher(Teacher):
         self.seed = seed
 
     def network(self):
-        return fresh(self.model, self.seed)
+        return fresh(self.model, seed=self.seed)
 
 
 class ForgetLikeRandom(TeacherTerm):
@@ -57,6 +58,7 @@ def bad_teacher(forget_weight=1.0, retain_weight=1.0, teacher_seed=0):
 # %% ../../nbs/50_unlearn.targets.ipynb #6838d483
 def encoder_ends(model):
     "The modules at which the encoders of a network end; raises `DataError` for a network that is neither U-Net nor VarNet"
+    model = unwrapped(model)
     if isinstance(model, UNet):
         return [model.conv]
     if isinstance(model, VarNet):
@@ -185,7 +187,7 @@ class BlendedTargets(Callback):
         if not self.training:
             return
         y = Targets(*self.yb)
-        blend = torch.lerp(to_image(self.teacher_pred, y), y.image, self.share)
+        blend = torch.lerp(to_image(self.teacher_pred, y, self.dls.train_ds.input), y.image, self.share)
         self.learn.yb = tuple(y._replace(target=torch.where(y.forget[:, None, None], blend, y.target)))
 
 

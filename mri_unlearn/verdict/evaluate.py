@@ -49,7 +49,7 @@ def reconstruct_volumes(
     try:
         for batch in dl:
             x, y = batch[: dl.n_inp], Targets(*batch[dl.n_inp :])
-            out = y.image if model is None else to_image(model(*x), y)
+            out = y.image if model is None else to_image(model(*x), y, dl.dataset.input)
             for number, target, image in zip(y.volume.tolist(), y.target, out):
                 if number != volume and images:
                     yield VolumeRecon(rows[volume], torch.stack(targets), torch.stack(images))
