@@ -402,7 +402,7 @@ def check_varnet(fastmri, case, ours, theirs):
             output = randn(*kspace.shape[-2:], dtype=torch.float32)  # as large as the k-space
             theirs_out, theirs_target = fastmri.center_crop_to_smallest(output[None], sample.target[None])
             same(f'{at}: target', y.target[None], theirs_target)
-            same(f'{at}: output', to_image(output[None], Targets(*(a[None] for a in y))), theirs_out)
+            same(f'{at}: output', to_image(output[None], Targets(*(a[None] for a in y)), 'kspace'), theirs_out)
             assert np.isclose(float(y.max_value), sample.max_value, rtol=1e-7), at
 
 

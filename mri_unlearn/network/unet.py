@@ -44,6 +44,7 @@ def up_block(
 class UNet(nn.Module):
     "The U-Net of fastMRI 0.3 (`fastmri/models/unet.py`; Ronneberger et al. 2015), with the same state_dict keys."
 
+    input = 'image'  # what it takes, see `network.weights.input_of`
     precision = None  # dtype of the convolutions while they run, see `set_precision`
 
     def __init__(

@@ -109,6 +109,10 @@ class VarNetBlock(nn.Module):
         super().__init__()
         self.model, self.dc_weight = model, nn.Parameter(torch.ones(1))
 
+    def reset_parameters(self):
+        "The weight of data consistency as at the start of a training: 1"
+        nn.init.ones_(self.dc_weight)
+
     def terms(self, kspace, measured, mask, maps):
         "What is subtracted from `kspace`: the part of data consistency, and that of the prior"
         return torch.where(mask, kspace - measured, 0) * self.dc_weight, expand(self.model(reduce(kspace, maps)), maps)
@@ -128,6 +132,7 @@ class VarNetBlock(nn.Module):
 class VarNet(nn.Module):
     "The E2E-VarNet of fastMRI 0.3 (`fastmri/models/varnet.py`; Sriram et al. 2020), with the same state_dict keys, on complex tensors."
 
+    input = 'kspace'  # what it takes, see `network.weights.input_of`
     checkpoint = False  # True: recompute each cascade in the backward pass, for a fraction of the memory
 
     def __init__(

@@ -20,6 +20,7 @@ from ..machinery.disk import DataError
 from ..network.learner import to_image
 from ..network.unet import UNet
 from ..network.varnet import VarNet
+from ..network.weights import unwrapped
 from .catalog import method
 from .core import ForgetDescent, NoisyLabels, OneStep, RetainDescent
 from .losses import check_level, forget_level, forget_losses
@@ -32,7 +33,8 @@ _SCORES = ('square', 'norm', 'signed')  # what `kind` may be
 def _value(learn, kind, pred, y):
     "The scalar whose gradient scores a weight"
     if kind == 'norm':
-        return ((to_image(pred, y) - y.mean[:, None, None]) / y.std[:, None, None]).square().mean()
+        image = to_image(pred, y, learn.dls.train_ds.input)
+        return ((image - y.mean[:, None, None]) / y.std[:, None, None]).square().mean()
     return learn.loss_func.per_item(pred, *y).mean()
 
 
@@ -257,6 +259,7 @@ def layers_near_output(
     k: int = 1,  # how many blocks or cascades, for 'last'
 ) -> list:  # modules
     "The layers of a network that are near its output; raises `DataError` for any other network, ValueError for k"
+    model = unwrapped(model)
     if not isinstance(model, (UNet, VarNet)):
         raise DataError(
             f'the last layers of a {type(model).__name__} are unknown: '
@@ -313,7 +316,7 @@ class ResetWeights(Callback):
         return [next(found) if p.ndim == 4 else torch.zeros_like(p, dtype=torch.bool) for p in params]
 
     def before_fit(self):
-        new = fresh(self.model, self.seed).parameters()
+        new = fresh(self.model, seed=self.seed).parameters()
         pairs = [(p, q) for p, q in zip(self.model.parameters(), new) if p.requires_grad]
         masks = self._masks([p for p, _ in pairs])
         for (p, drawn), mask in zip(pairs, masks):

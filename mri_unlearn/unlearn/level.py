@@ -13,9 +13,10 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import nn
 
-from ..network.learner import WorkMeter
+from ..network.learner import WorkMeter, to_image
 from ..network.unet import UNet
 from ..network.varnet import VarNet
+from ..network.weights import unwrapped
 from .teachers import FORWARD, image_difference, outside, spend
 
 # %% ../../nbs/52_unlearn.level.ipynb #5e7be9f6
@@ -27,7 +28,7 @@ def shadow_level(
     model: nn.Module,  # any network
 ) -> float:  # a share, 0: the zero-filled image, 1: the Original; None where it was never measured
     "What an Oracle of this architecture keeps of the Original's gain over zero-filled images, from `SHADOW`"
-    return next((level for kind, level in SHADOW.items() if isinstance(model, kind)), None)
+    return next((level for kind, level in SHADOW.items() if isinstance(unwrapped(model), kind)), None)
 
 
 def over_zero_filled(
@@ -39,7 +40,8 @@ def over_zero_filled(
     learn.model.eval()
     with torch.no_grad():
         for xb, y in outside(learn, True, n, bs=4):
-            found.append(10 * torch.log10(_error(y.image, y) / _error(learn.model(*xb), y)))
+            image = to_image(learn.model(*xb), y, learn.dls.train_ds.input)
+            found.append(10 * torch.log10(_error(y.image, y) / _error(image, y)))
     learn.model.train(training)
     found = torch.cat(found)
     spend(learn, len(found) * FORWARD, time.perf_counter() - start)
@@ -47,7 +49,7 @@ def over_zero_filled(
 
 
 def _error(image, y):
-    "[B] mean squared error of images or of a network's output"
+    "[B] mean squared error, in variances of the zero-filled slice"
     return image_difference(image, y.target, y).square().mean((1, 2))
 
 # %% ../../nbs/52_unlearn.level.ipynb #f4d3e6e3

@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from ..data.slices import Targets
+from ..network.learner import losses_of_images
 from .catalog import method
 from .core import LossTerm, RetainDescent, WeightL1
 from mri_unlearn.unlearn.teachers import (
@@ -53,7 +54,9 @@ def forget_losses(
     learn.model.eval()
     with torch.no_grad():
         for xb, y in outside(learn, True, n, bs=4):
-            found.append(torch.stack([learn.loss_func.per_item(p, *y) for p in (learn.model(*xb), y.image)], 1))
+            now = learn.loss_func.per_item(learn.model(*xb), *y)
+            zero_filled = losses_of_images(learn.loss_func, y.image, y, learn.dls.train_ds.input)
+            found.append(torch.stack([now, zero_filled], 1))
     learn.model.train(training)
     found = torch.cat(found)
     spend(learn, len(found) * FORWARD, time.perf_counter() - start)
@@ -129,7 +132,7 @@ class ForgetRepel(TeacherTerm):
 
     def term(self):
         y, forget = Targets(*self.yb), self.is_forget
-        limit = self.share * image_distance(self.teacher_pred[forget], y.image[forget], rows_of(y, forget))
+        limit = self.share * image_distance(self.images(self.teacher_pred)[forget], y.image[forget], rows_of(y, forget))
         return self.now() * self.mean_of(torch.relu(limit - self.distance(True)))
 
 

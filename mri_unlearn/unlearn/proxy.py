@@ -16,6 +16,7 @@ from torch import nn
 from ..data.slices import Targets
 from ..machinery.disk import DataError
 from ..network.learner import to_image
+from ..network.weights import unwrapped
 from .catalog import method
 from .core import BatchPlan, RetainDescent
 from .level import Settle
@@ -23,10 +24,10 @@ from mri_unlearn.unlearn.teachers import (
     FORWARD,
     Teacher,
     TeacherTerm,
+    fresh,
     image_difference,
     in_part,
     outside,
-    redraw,
     rows_of,
     spend,
     timed,
@@ -49,13 +50,13 @@ def train_proxy(
     retain = [i for i, (v, _) in enumerate(ds.items) if not ds.forget[v]]
     if not retain:
         raise DataError('a proxy needs retained slices; there are none at hand')
-    steps, proxy = max(1, int(slices)), redraw(learn.model, part, seed).requires_grad_(True).train()
+    steps, proxy = max(1, int(slices)), fresh(learn.model, part, seed).requires_grad_(True).train()
     opt, schedule = torch.optim.AdamW(proxy.parameters(), lr=lr), _one_cycle(lr)
     passes = dl.new(order=BatchPlan(retain, [], 1, steps, seed, ds.shape), seed=seed)
     for i, batch in enumerate(passes):
         for group in opt.param_groups:
             group['lr'] = schedule(i / steps)
-        x, y = mirrored(batch[: ds.n_inp], Targets(*batch[ds.n_inp :]), seed=(seed << 20) + i)
+        x, y = mirrored(batch[: ds.n_inp], Targets(*batch[ds.n_inp :]), (seed << 20) + i, ds.input)
         opt.zero_grad()
         learn.loss_func.per_item(proxy(*x), *y).mean().backward()
         opt.step()
@@ -64,16 +65,17 @@ def train_proxy(
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #d6639550
 def mirrored(
-    x: tuple,  # inputs of an image network: float [B, 1, h, w]; of a k-space network: more than one
+    x: tuple,  # inputs of the network
     y: Targets,  # of the same slices
     seed: int,  # says which of the four ways: none, left to right, top to bottom, both
+    input: str,  # what the inputs are: 'image' or 'kspace'
 ) -> tuple:  # (inputs, `Targets`)
     "A batch of images and `Targets`, mirrored along none, one or both of their axes; k-space is left alone"
-    if len(x) > 1:
+    if input == 'kspace':
         return x, y
     flips = torch.randint(0, 4, (1,), generator=torch.Generator().manual_seed(seed)).item()
     dims = [dim for bit, dim in ((1, -1), (2, -2)) if flips & bit]
-    return (x[0].flip(dims),), y._replace(target=y.target.flip(dims), image=y.image.flip(dims))
+    return tuple(t.flip(dims) for t in x), y._replace(target=y.target.flip(dims), image=y.image.flip(dims))
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #94576785
 class Mirror(Callback):
@@ -90,7 +92,7 @@ class Mirror(Callback):
     def before_batch(self):
         if not self.training:
             return
-        x, y = mirrored(self.xb, Targets(*self.yb), (self.seed << 20) + self.train_iter)
+        x, y = mirrored(self.xb, Targets(*self.yb), (self.seed << 20) + self.train_iter, self.dls.train_ds.input)
         self.learn.xb, self.learn.yb = tuple(x), tuple(y)
 
 
@@ -128,7 +130,7 @@ class Movable(Callback):
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         held = [p for name, p in trained if not in_part(name, self.part)]
         if len(held) == len(trained):
-            raise DataError(f'this {type(self.model).__name__} has no {self.part}: nothing could move')
+            raise DataError(f'this {type(unwrapped(self.model)).__name__} has no {self.part}: nothing could move')
         self.held = [p.requires_grad_(False) for p in held]
 
     def after_fit(self):
@@ -138,8 +140,8 @@ class Movable(Callback):
 
 
 def rms_distance(
-    a: torch.Tensor,  # outputs of a network, or images [B, h, w] in the units of the file
-    b: torch.Tensor,  # the same
+    a: torch.Tensor,  # images [B, h, w] in the units of the file
+    b: torch.Tensor,  # images of the same slices
     y: Targets,  # of the same slices
 ) -> torch.Tensor:  # float [B], in standard deviations of the zero-filled slice
     "Root mean square of a - b over the image; its gradient is 0 where both are equal"
@@ -151,8 +153,8 @@ class KeepImages(TeacherTerm):
 
     def term(self):
         rows = ~self.is_forget
-        y = rows_of(Targets(*self.yb), rows)
-        return self.now() * self.mean_of(rms_distance(self.pred[rows], self.learn.teacher_pred[rows], y))
+        now, before = (self.images(answers)[rows] for answers in (self.pred, self.learn.teacher_pred))
+        return self.now() * self.mean_of(rms_distance(now, before, rows_of(Targets(*self.yb), rows)))
 
 
 class ProxyMatch(TeacherTerm):
@@ -184,7 +186,7 @@ class ProxyMatch(TeacherTerm):
         "What the network is pulled to: images of the forgotten slices of the batch, beyond the proxies"
         x = tuple(x[rows] for x in self.xb)
         with torch.no_grad():
-            answer = sum(to_image(proxy(*x), y) for proxy in self.proxies) / self.count
+            answer = sum(to_image(proxy(*x), y, self.dls.train_ds.input) for proxy in self.proxies) / self.count
         spend(self.learn, FORWARD * self.count * int(rows.sum()))
         return answer + self.gamma * (answer - y.target)
 
@@ -193,7 +195,7 @@ class ProxyMatch(TeacherTerm):
         if not rows.any():
             return self.item_loss.sum() * 0.0
         y = rows_of(Targets(*self.yb), rows)
-        return self.now() * rms_distance(self.pred[rows], self._target(rows, y), y).mean()
+        return self.now() * rms_distance(self.images(self.pred)[rows], self._target(rows, y), y).mean()
 
     def after_fit(self):
         self.proxies = None
@@ -330,7 +332,7 @@ class FromScratch(Callback):
         self.seed = seed
 
     def before_fit(self):
-        self.model.load_state_dict(redraw(self.model, 'all', self.seed).state_dict())
+        self.model.load_state_dict(fresh(self.model, seed=self.seed).state_dict())
 
 
 @method('retain', bs=1)

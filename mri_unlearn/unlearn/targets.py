@@ -19,6 +19,7 @@ from ..machinery.disk import DataError
 from ..network.learner import to_image
 from ..network.unet import UNet
 from ..network.varnet import VarNet
+from ..network.weights import unwrapped
 from .catalog import method
 from .core import ForgetDescent, LossTerm, NoisyLabels, RetainDescent
 from .losses import check_level
@@ -39,7 +40,7 @@ class RandomTeacher(Teacher):
         self.seed = seed
 
     def network(self):
-        return fresh(self.model, self.seed)
+        return fresh(self.model, seed=self.seed)
 
 
 class ForgetLikeRandom(TeacherTerm):
@@ -71,6 +72,7 @@ def encoder_ends(
     model: nn.Module,  # UNet or VarNet
 ) -> list:  # modules: the bottom of the U, of each cascade's in a VarNet
     "The modules at which the encoders of a network end; raises `DataError` for any other network"
+    model = unwrapped(model)
     if isinstance(model, UNet):
         return [model.conv]
     if isinstance(model, VarNet):
@@ -237,7 +239,7 @@ class BlendedTargets(Callback):
         if not self.training:
             return
         y = Targets(*self.yb)
-        blend = torch.lerp(to_image(self.teacher_pred, y), y.image, self.share)
+        blend = torch.lerp(to_image(self.teacher_pred, y, self.dls.train_ds.input), y.image, self.share)
         self.learn.yb = tuple(y._replace(target=torch.where(y.forget[:, None, None], blend, y.target)))
 
 

@@ -49,7 +49,7 @@ def reconstruct_volumes(
     try:
         for b in dl:
             x, y = b[: dl.n_inp], Targets(*b[dl.n_inp :])
-            out = y.image if model is None else to_image(model(*x), y)
+            out = y.image if model is None else to_image(model(*x), y, dl.dataset.input)
             for v, t, im in zip(y.volume.tolist(), y.target, out):
                 if v != volume and images:
                     yield VolumeRecon(rows[volume], torch.stack(targets), torch.stack(images))
