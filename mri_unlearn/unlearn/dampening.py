@@ -83,8 +83,20 @@ def dampen(
             chosen, total = chosen + hit.sum().item(), total + hit.numel()
     return chosen / total
 
-# %% ../../nbs/51_unlearn.dampening.ipynb #e7bd3f2b
+# %% ../../nbs/51_unlearn.dampening.ipynb #a14453f2
 _TRIED = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5)  # shares of weights that are dampened
+
+
+def _check_damping(alpha, lam):
+    if not (alpha in (None, 'assd') or isinstance(alpha, (int, float)) and alpha > 0):
+        raise ValueError(f"alpha must be a number above 0, 'assd' or None (search), found {alpha!r}")
+    if not 0 <= lam:
+        raise ValueError(f'lam must be at least 0, found {lam!r}')
+
+
+def _assd_share(dataset):
+    "ln(1 + 100 |D_f|/|D|) per cent, counted in slices"
+    return log(1 + 100 * np.mean([dataset.forget[volume] for volume, _ in dataset.items])) / 100
 
 
 def _ratio_at(i_f, i_r, share):
@@ -92,7 +104,7 @@ def _ratio_at(i_f, i_r, share):
     ratio = torch.cat([(f / r.clamp_min(torch.finfo(r.dtype).tiny)).flatten() for f, r in zip(i_f, i_r)])
     return ratio.kthvalue(max(1, len(ratio) - round(share * len(ratio)))).values.item()
 
-
+# %% ../../nbs/51_unlearn.dampening.ipynb #e7bd3f2b
 class Dampen(Callback):
     "Dampens weights before the first step; what was tried is in `tried`: (alpha, share of weights, forget loss)"
 
@@ -108,10 +120,7 @@ class Dampen(Callback):
         n: int = None,  # slices of each side for the importances; None: all
         n_level: int = 16,  # forget slices on which the search takes the loss
     ):
-        if not (alpha in (None, 'assd') or isinstance(alpha, (int, float)) and alpha > 0):
-            raise ValueError(f"alpha must be a number above 0, 'assd' or None (search), found {alpha!r}")
-        if not 0 <= lam:
-            raise ValueError(f'lam must be at least 0, found {lam!r}')
+        _check_damping(alpha, lam)
         check_level(level, of)
         self.kind, self.alpha, self.lam, self.level, self.of = kind, alpha, lam, level, of
         self.n, self.n_level = n, n_level
@@ -123,12 +132,8 @@ class Dampen(Callback):
         if self.alpha is None:
             self.used = self._search(params, i_f, i_r)
         else:
-            self.used = _ratio_at(i_f, i_r, self._assd_share()) if self.alpha == 'assd' else self.alpha
+            self.used = _ratio_at(i_f, i_r, _assd_share(self.dls.train.dataset)) if self.alpha == 'assd' else self.alpha
         self.share = dampen(params, i_f, i_r, self.used, self.lam)
-
-    def _assd_share(self):
-        ds = self.dls.train.dataset
-        return log(1 + 100 * np.mean([ds.forget[v] for v, _ in ds.items])) / 100
 
     def _search(self, params, i_f, i_r):
         "The alpha whose forget loss comes nearest to the level; the weights are put back"
@@ -147,7 +152,7 @@ class Dampen(Callback):
 def ssd(
     alpha: float = None,  # weights with I_f > alpha I_r are dampened; None: search (published: 10, a class of CIFAR-20)
     lam: float = 1.0,  # how much of I_r/I_f is left of a dampened weight
-    level: float = 0.5,  # forget loss that the search looks for: half-way from the loss at the start to that of no network
+    level: float = 0.5,  # forget loss that the search looks for: half-way from that of the start to that of no network
     of: str = 'zero_filled',  # what `level` counts: 'zero_filled', 'start' or 'loss', as in `forget_level`
     n: int = None,  # slices of each side for the importances, evenly chosen; None: all
     retain_weight: float = 1.0,  # of the loss on retain slices in the steps that follow
@@ -159,12 +164,12 @@ def ssd(
     """
     return [Dampen('square', alpha, lam, level, of, n), RetainDescent(retain_weight)]
 
-
+# %% ../../nbs/51_unlearn.dampening.ipynb #e3583679
 @method('retain')
 def lfssd(
     alpha: float = None,  # weights with I_f > alpha I_r are dampened; None: search
     lam: float = 1.0,  # how much of I_r/I_f is left of a dampened weight
-    level: float = 0.5,  # forget loss that the search looks for: half-way from the loss at the start to that of no network
+    level: float = 0.5,  # forget loss that the search looks for: half-way from that of the start to that of no network
     of: str = 'zero_filled',  # what `level` counts: 'zero_filled', 'start' or 'loss', as in `forget_level`
     n: int = None,  # slices of each side for the importances, evenly chosen; None: all
     retain_weight: float = 1.0,  # of the loss on retain slices in the steps that follow
@@ -189,7 +194,7 @@ def assd(
     """
     return [Dampen('square', 'assd', lam, n=n), RetainDescent(retain_weight)]
 
-# %% ../../nbs/51_unlearn.dampening.ipynb #85971f3e
+# %% ../../nbs/51_unlearn.dampening.ipynb #9205258a
 def top_share(
     scores: list,  # of tensors
     share: float,  # of all their elements, 0 to 1
@@ -202,7 +207,7 @@ def top_share(
     hit[flat.argsort(descending=True, stable=True)[: round(share * len(flat))]] = True
     return [h.view_as(s) for h, s in zip(hit.split([s.numel() for s in scores]), scores)]
 
-
+# %% ../../nbs/51_unlearn.dampening.ipynb #85971f3e
 class OnlySalient(Callback):
     "Trains the weights with the largest |mean gradient| of the forget loss; all others stay as they are, to the bit"
 
@@ -275,6 +280,12 @@ def layers_near_output(
         return list(model.cascades[-k:])
     return [layer for cascade in model.cascades for layer in layers_near_output(cascade.model.unet, which)]
 
+# %% ../../nbs/51_unlearn.dampening.ipynb #a607c5ed
+def _masks_of(layers, params):
+    "True for each weight that lies in one of the layers"
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    return [torch.full_like(p, id(p) in inside, dtype=torch.bool) for p in params]
+
 # %% ../../nbs/51_unlearn.dampening.ipynb #942cd877
 class ResetWeights(Callback):
     "Draws some of the weights anew before the first step; what share of all weights it was is left in `redrawn`"
@@ -294,11 +305,6 @@ class ResetWeights(Callback):
         top_share([torch.zeros(1)], share)  # complains of a share that makes no sense
         self.which, self.k, self.share, self.seed, self.n = which, k, share, seed, n
 
-    def _near_output(self, params):
-        layers = layers_near_output(self.model, self.which, self.k)
-        inside = {id(p) for layer in layers for p in layer.parameters()}
-        return [torch.full_like(p, id(p) in inside, dtype=torch.bool) for p in params]
-
     def _scores(self, params):
         "The larger, the sooner a weight is drawn anew"
         if self.which == 'random':
@@ -310,7 +316,7 @@ class ResetWeights(Callback):
     def _masks(self, params):
         "True for each weight to be drawn anew"
         if self.which in ('last', 'decoder'):
-            return self._near_output(params)
+            return _masks_of(layers_near_output(self.model, self.which, self.k), params)
         convolutions = [s for s, p in zip(self._scores(params), params) if p.ndim == 4]
         found = iter(top_share(convolutions, self.share))
         return [next(found) if p.ndim == 4 else torch.zeros_like(p, dtype=torch.bool) for p in params]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_level', 'forget_losses', 'forget_level', 'ForgetHinge', 'neggrad_hinge', 'ForgetRepel', 'TakeTurns',
-           'scrub_hinge', 'UnlearningAware', 'uam', 'FadingL1', 'l1_sparse']
+           'scrub_hinge', 'UnlearningAware', 'uam', 'FadingL1', 'l1_sparse', 'validation_losses']
 
 # %% ../../nbs/49_unlearn.losses.ipynb #50aa7ae0
 import time
@@ -173,6 +173,11 @@ def scrub_hinge(
     turns = [] if msteps is None else [TakeTurns(until=msteps)]
     return [Teacher(), ForgetRepel(forget_weight, share), RetainDescent(gamma), KeepAnswers(alpha), *turns]
 
+# %% ../../nbs/49_unlearn.losses.ipynb #9214c7a0
+def _norm(tensors):
+    "Length of all tensors as one vector; None: a weight that is not used"
+    return torch.stack([t.norm() for t in tensors if t is not None]).norm()
+
 # %% ../../nbs/49_unlearn.losses.ipynb #4ab7f2aa
 class UnlearningAware(LossTerm):
     "+ w L(x_r) at theta + rho |theta| g_f/|g_f|; the gradient is applied at theta"
@@ -192,10 +197,7 @@ class UnlearningAware(LossTerm):
         params = [p for p in self.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(self.mean_loss(self.is_forget), params, allow_unused=True)
 
-        def norm(tensors):
-            return torch.stack([t.norm() for t in tensors if t is not None]).norm()
-
-        step = self.rho * norm(params).detach() / norm(grads).clamp_min(torch.finfo(torch.float32).tiny)
+        step = self.rho * _norm(params).detach() / _norm(grads).clamp_min(torch.finfo(torch.float32).tiny)
         self.before = [(p, p.detach().clone()) for p in params]
         with torch.no_grad():
             for p, grad in zip(params, grads):
@@ -253,3 +255,19 @@ def l1_sparse(
     Jia et al. (2023), with the relative penalty of `WeightL1`: the published alpha is right for one network only.
     """
     return [RetainDescent(retain_weight), FadingL1(alpha)]
+
+# %% ../../nbs/49_unlearn.losses.ipynb #94da32f2
+def validation_losses(
+    learn: Learner,  # the Original, or what `unlearn` returned
+) -> tuple:  # (retain, forget): mean losses of the validation slices of each side, as the Learner's loss counts
+    "A look at both sides, not a verdict; NaN where a side has no slices"
+    training, dl, losses, forget = learn.model.training, learn.dls.valid, [], []
+    learn.model.eval()
+    with torch.no_grad():
+        for batch in dl:
+            xb, yb = batch[: dl.n_inp], batch[dl.n_inp :]
+            losses.append(learn.loss_func.per_item(learn.model(*xb), *yb))
+            forget.append(Targets(*yb).forget)
+    learn.model.train(training)
+    losses, forget = torch.cat(losses), torch.cat(forget)
+    return losses[~forget].mean().item(), losses[forget].mean().item()

@@ -156,7 +156,7 @@ class KeepImages(TeacherTerm):
         now, before = (self.images(answers)[rows] for answers in (self.pred, self.learn.teacher_pred))
         return self.now() * self.mean_of(rms_distance(now, before, rows_of(Targets(*self.yb), rows)))
 
-
+# %% ../../nbs/53_unlearn.proxy.ipynb #2724746a
 class ProxyMatch(TeacherTerm):
     "+ w rms(f(x_f) - p(x_f) - gamma (p(x_f) - y_f)), p the mean of the proxies; they are trained before the first step"
 
@@ -250,7 +250,7 @@ def free_directions(
     scale = (c.trace() / len(c)).clamp(min=torch.finfo(c.dtype).tiny)
     return damping * torch.cholesky_inverse(torch.linalg.cholesky(c / scale + damping * eye))
 
-
+# %% ../../nbs/53_unlearn.proxy.ipynb #4bd1d4d8
 class SpareRetained(Callback):
     "Bends each update of a convolution into directions that its inputs on retained slices hardly use; its length stays"
 

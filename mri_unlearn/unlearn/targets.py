@@ -95,6 +95,20 @@ def noise_like(
         return noise * there * energy.sqrt()[:, None, None, None]
     return noise * x.std((1, 2, 3), keepdim=True) + x.mean((1, 2, 3), keepdim=True)
 
+# %% ../../nbs/50_unlearn.targets.ipynb #84b405f3
+def _taught(net, xb, forget, generator):
+    "What the encoders of a network say of a batch whose forget slices are noise"
+    x, *rest = xb
+    x = torch.where(forget[:, None, None, None], noise_like(x, generator), x)
+    with hook_outputs(encoder_ends(net)) as heard, torch.no_grad():
+        net(x, *rest)
+    return list(heard.stored)
+
+
+def _relative(a, b):
+    "[B] mean square of a - b over that of b"
+    return (a - b).square().mean((1, 2, 3)) / b.square().mean((1, 2, 3))
+
 # %% ../../nbs/50_unlearn.targets.ipynb #91ee640d
 class EncoderMatch(LossTerm):
     "+ w (|E(x_r) - E_0(x_r)|^2 + alpha |E(x_f) - E_0(n)|^2), relative to |E_0|^2"
@@ -107,7 +121,7 @@ class EncoderMatch(LossTerm):
     ):
         super().__init__(weight)
         self.alpha, self.seed = alpha, seed
-        self.net = self.said = self.distances = None
+        self.net = self.hooks = self.distances = None
 
     def before_fit(self):
         encoder_ends(self.model)  # complains of a network that it does not know
@@ -116,26 +130,21 @@ class EncoderMatch(LossTerm):
 
     def before_batch(self):
         if self.training:
-            self.said = hook_outputs(encoder_ends(self.model), detach=False)
+            self.hooks = hook_outputs(encoder_ends(self.model), detach=False)
 
     def after_pred(self):
         if not self.training:
             return
-        said = self._listen_no_more()
-        x, *rest = self.xb
-        x = torch.where(Targets(*self.yb).forget[:, None, None, None], noise_like(x, self.generator), x)
-        with hook_outputs(encoder_ends(self.net)) as taught, torch.no_grad():
-            self.net(x, *rest)
-        spend(self.learn, len(x) * FORWARD)
-        self.distances = sum(_relative(a, b) for a, b in zip(said, taught.stored)) / len(said)
+        said, forget = list(self.hooks.stored), Targets(*self.yb).forget
+        self._take_off()
+        taught = _taught(self.net, self.xb, forget, self.generator)
+        spend(self.learn, len(forget) * FORWARD)
+        self.distances = sum(_relative(a, b) for a, b in zip(said, taught, strict=True)) / len(said)
 
-    def _listen_no_more(self):
-        "Take the hooks off the network -> what they heard"
-        if self.said is None:
-            return []
-        self.said.remove()
-        said, self.said = list(self.said.stored), None
-        return said
+    def _take_off(self):
+        if self.hooks is not None:
+            self.hooks.remove()
+        self.hooks = None
 
     def term(self):
         sides = (~self.is_forget, self.is_forget)
@@ -143,16 +152,11 @@ class EncoderMatch(LossTerm):
         return self.now() * (retain + self.alpha * forget)
 
     def after_batch(self):
-        self._listen_no_more()  # a batch that was cancelled before it had an answer
+        self._take_off()  # a batch that was cancelled before it had an answer
 
     def after_fit(self):
-        self._listen_no_more()  # a training that was cancelled
+        self._take_off()  # a training that was cancelled
         self.net = self.distances = None
-
-
-def _relative(a, b):
-    "[B] mean square of a - b over that of b"
-    return (a - b).square().mean((1, 2, 3)) / b.square().mean((1, 2, 3))
 
 # %% ../../nbs/50_unlearn.targets.ipynb #79b18bed
 @method('both')
