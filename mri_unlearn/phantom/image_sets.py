@@ -7,7 +7,6 @@ __all__ = ['middle_slices', 'plan_images', 'simulate_from_images']
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #eff58a4e
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -15,6 +14,7 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from .. import __version__
 from ..data.header import Header
 from ..data.volumes import index_volumes
 from ..data.writing import write_volume
-from ..machinery.disk import DataError, atomic_path
+from ..machinery.disk import DataError, claim, write_json
 from ..machinery.workers import end_with_parent
 from .contrast import SITES
 from .image_files import _below, _geometry, _search, _warn_skipped, read_image
@@ -187,46 +187,33 @@ def _image_settings(given):
         s['snr'] = 1e9  # JSON has no infinity
     return s | dict(source='images', version=__version__)
 
+# %% ../../nbs/26_phantom.image_sets.ipynb #7a345569
+def _changed_images(out, found, wanted):
+    "What differs between the lists of images of two records, as texts; an image that gave no file may have been mended"
+    there, asked = found.get('files', []), wanted['files']
+    made = {j['source'] for j in there if (out / j['file']).exists()}
+    old, new = [{j['source']: j['bytes'] if j['source'] in made else 0 for j in jobs} for jobs in (there, asked)]
+    moved = sorted(name for name in old | new if old.get(name) != new.get(name))
+    if moved:
+        more = f' and {len(moved) - 3} more' if len(moved) > 3 else ''
+        return [f'images were added, removed or changed since: {", ".join(moved[:3])}{more}']
+    names = [[j['file'] for j in jobs] for jobs in (there, asked)]
+    same = all(found.get(k) == wanted[k] for k in wanted if k not in ('files', 'skipped'))  # else files differ anyway
+    return ['what the images say about themselves has changed'] if same and names[0] != names[1] else []
+
 
 def _claim_images(out, record):
-    "Write `record` into the folder `out`, or find the same there. Raises `DataError` where it holds something else."
-    path = out / 'simulation.json'
-    if not path.exists():
-        if out.exists() and any(out.rglob('*.h5')):
-            raise DataError(f'{out}: holds *.h5 files that were not made here. Choose another folder.')
-        with atomic_path(path) as tmp:
-            tmp.write_text(json.dumps(record, indent=1))
-        return
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise DataError(f'{path}: cannot be read ({e}). Choose another folder, or delete this one.') from e
-    if not isinstance(found, dict):
-        found = {}
-    wanted = json.loads(json.dumps(record))
-    change = [
-        f'{k} {found.get(k)} there, {wanted.get(k)} asked for'
-        for k in sorted((wanted | found).keys() - {'files', 'skipped'})
-        if found.get(k) != wanted.get(k)
-    ]
-    files = found.get('files', [])
-    made = {
-        j['source'] for j in files if (out / j['file']).exists()
-    }  # an image that gave no file yet may have been mended
-    a, b = [{j['source']: j['bytes'] if j['source'] in made else 0 for j in r} for r in (files, wanted['files'])]
-    moved = sorted(n for n in a | b if a.get(n) != b.get(n))
-    more = f' and {len(moved) - 3} more' if len(moved) > 3 else ''
-    if moved:
-        change.append(f'images were added, removed or changed since: {", ".join(moved[:3])}{more}')
-    elif not change and [j['file'] for j in files] != [j['file'] for j in wanted['files']]:
-        change.append('what the images say about themselves has changed')
-    if change:
-        raise DataError(
-            f'{out}: holds a data set made with other settings or images ({"; ".join(change)}). Choose another folder, or delete this one.'
-        )
-    if files != wanted['files']:
-        with atomic_path(path) as tmp:
-            tmp.write_text(json.dumps(record, indent=1))
+    "Write `record` into the folder `out`, or find the same there; `DataError` where it holds something else"
+    found = claim(
+        out,
+        record,
+        'simulation.json',
+        what='a data set made with other settings or images',
+        ignore=('files', 'skipped'),
+        differ=partial(_changed_images, out),
+    )
+    if found['files'] != record['files']:  # an image was mended
+        write_json(out / 'simulation.json', record)
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #74a8522b
 def _check_room(out, volumes, jobs, settings, workers):
@@ -334,8 +321,7 @@ def simulate_from_images(
         skipped = skipped | _convert_all(
             [(out, v, j, settings | dict(strict=strict)) for v, j in zip(volumes, jobs)], workers, bar
         )
-    with atomic_path(out / 'simulation.json') as tmp:
-        tmp.write_text(json.dumps(record | dict(skipped=skipped), indent=1))
+    write_json(out / 'simulation.json', record | dict(skipped=skipped))
     _warn_skipped(skipped)
     if not any((out / j['file']).exists() for j in jobs):
         raise DataError(

@@ -27,7 +27,7 @@ from .. import __version__
 from ..data.writing import write_volume
 from ..data.header import Header
 from ..data.volumes import index_volumes
-from ..machinery.disk import DataError, atomic_path
+from ..machinery.disk import DataError, claim
 from ..machinery.workers import end_with_parent
 from .contrast import CONTRASTS, SITES
 from .people import subject
@@ -222,30 +222,8 @@ def _settings(preset, given):
 
 # %% ../../nbs/21_phantom.simulate.ipynb #d89a9dbc
 def _claim(root, settings):
-    "Record `settings` in the folder `root`, or find them there. Raises `DataError` when it holds something else."
-    record = root / 'simulation.json'
-    if record.exists():
-        try:
-            found = json.loads(record.read_text())
-        except ValueError as e:
-            raise DataError(f'{record}: cannot be read ({e}). Choose another folder, or delete this one.') from e
-        if not isinstance(found, dict):
-            found = {}
-        changed = [
-            f'{k} {found.get(k)} there, {settings.get(k)} asked for'
-            for k in settings | found
-            if found.get(k) != settings.get(k)
-        ]
-        if changed:
-            raise DataError(
-                f'{root}: holds a data set made with other settings ({"; ".join(changed)}). '
-                'Choose another folder, or delete this one.'
-            )
-    elif root.exists() and any(root.rglob('*.h5')):
-        raise DataError(f'{root}: holds *.h5 files that were not simulated here. Choose another folder.')
-    else:
-        with atomic_path(record) as tmp:
-            tmp.write_text(json.dumps(settings, indent=1))
+    "Record `settings` in the folder `root`, or find them there; `DataError` when it holds something else"
+    claim(root, settings, 'simulation.json', what='a data set made with other settings')
 
 # %% ../../nbs/21_phantom.simulate.ipynb #b3cf4648
 def bytes_needed(
