@@ -107,10 +107,10 @@ def hallucination_table(
 
 # %% ../../nbs/80_experiment.tables.ipynb #701a2f43
 TAKEN = [
+    'flag',
     'margin_retain_db',
     'margin_forget_db',
     'passes',
-    'flag',
     'planted_rate',
     'planted_p',
     'null_retain',

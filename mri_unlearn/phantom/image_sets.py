@@ -7,13 +7,9 @@ __all__ = ['middle_slices', 'plan_images', 'simulate_from_images']
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #eff58a4e
 import hashlib
-import multiprocessing
 import os
 import shutil
-import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +17,13 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from tqdm import tqdm
 
 from .. import __version__
 from ..data.header import Header
 from ..data.volumes import index_volumes
 from ..data.writing import write_volume
 from ..machinery.disk import DataError, claim, write_json
-from ..machinery.workers import end_with_parent
+from ..machinery.workers import Progress, Workers
 from .contrast import SITES
 from .image_files import _below, _geometry, _search, _warn_skipped, read_image
 from .image_headers import acquisition_name, organ_from
@@ -128,44 +123,48 @@ def _image_header(v, job, acq):
         **{k: a[k] for k in ('tr_ms', 'te_ms', 'ti_ms', 'flip_deg') if k in a},
     )
 
+# %% ../../nbs/26_phantom.image_sets.ipynb #1479ecbb
+def _write_image(path, v, job, settings, image, spacing, plane):
+    "Make the k-space of the middle slices of `image` and write the file"
+    first, end = middle_slices(image, settings['slices'])
+    seed = [settings['seed'], *np.frombuffer(hashlib.sha256(v.name.encode()).digest()[:16], '<u4').tolist()]
+    acq = image_kspace(
+        image[first:end],
+        spacing,
+        organ=job['organ'],
+        plane=plane,
+        contrast=v.contrast,
+        site=job['site'],
+        seed=seed,
+        **{k: settings[k] for k in ('coils', 'recon', 'fov', 'snr')},
+    )
+    write_volume(
+        path,
+        acq.kspace,
+        header=_image_header(v, job, acq),
+        acquisition=job['acquisition'],
+        patient_id=v.patient,
+        attrs=dict(source_file=v.name, source_slices=f'{first}:{end}', snr=acq.extras['snr']),
+    )
 
-def _convert(out, v, job, settings):
+
+def _convert(out, v, job, settings, progress):
     "Make the file of one volume unless it is there. Returns why the image could not be read, or ''."
-    path = Path(out) / job['file']
-    if path.exists():
-        return ''
-    threads = torch.get_num_threads()
+    path, threads = Path(out) / job['file'], torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        try:
-            image, spacing, plane = read_image(v, job['plane'], job['organ'])
-        except DataError as e:
-            if settings['strict']:
-                raise
-            return _below(v.root, str(e))
-        first, end = middle_slices(image, settings['slices'])
-        seed = [settings['seed'], *np.frombuffer(hashlib.sha256(v.name.encode()).digest()[:16], '<u4').tolist()]
-        acq = image_kspace(
-            image[first:end],
-            spacing,
-            organ=job['organ'],
-            plane=plane,
-            contrast=v.contrast,
-            site=job['site'],
-            seed=seed,
-            **{k: settings[k] for k in ('coils', 'recon', 'fov', 'snr')},
-        )
-        write_volume(
-            path,
-            acq.kspace,
-            header=_image_header(v, job, acq),
-            acquisition=job['acquisition'],
-            patient_id=v.patient,
-            attrs=dict(source_file=v.name, source_slices=f'{first}:{end}', snr=acq.extras['snr']),
-        )
+        if not path.exists():
+            try:
+                upright = read_image(v, job['plane'], job['organ'])
+            except DataError as e:
+                if settings['strict']:
+                    raise
+                return _below(v.root, str(e))
+            _write_image(path, v, job, settings, *upright)
+        return ''
     finally:
         torch.set_num_threads(threads)
-    return ''
+        progress.step(1)
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #4200f7f8
 def _image_settings(given):
@@ -241,35 +240,6 @@ def _check_room(out, volumes, jobs, settings, workers):
             'Ask for fewer slices, coils, pixels (recon) or workers.'
         )
 
-
-def _convert_all(tasks, workers, bar):
-    "Call `_convert` for each of `tasks`, here or in `workers` processes: source -> why it was left out."
-    left = {}
-
-    def note(task, reason):
-        if reason:
-            left[task[1].name] = reason
-        bar.update()
-
-    if workers <= 1:
-        for t in tasks:
-            note(t, _convert(*t))
-        return left
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        try:
-            waiting = {pool.submit(_convert, *t): t for t in tasks}
-            for done in as_completed(waiting):
-                note(waiting[done], done.result())
-        except BrokenProcessPool as e:
-            raise DataError(
-                'a worker process died, perhaps for lack of memory. Start again with workers=1; finished files are kept.'
-            ) from e
-        except BaseException:  # the first error ends the whole: do not start what still waits
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return left
-
 # %% ../../nbs/26_phantom.image_sets.ipynb #9eba0b79
 def simulate_from_images(
     images,  # folder with NIfTI (.nii, .nii.gz), DICOM or .npy images, searched with its subfolders
@@ -317,10 +287,9 @@ def simulate_from_images(
     record = settings | dict(files=jobs, skipped=skipped)
     _claim_images(out, record)
     _check_room(out, volumes, jobs, settings, max(workers, 1))
-    with tqdm(total=len(jobs), desc='simulate', unit='volume', disable=not progress) as bar:
-        skipped = skipped | _convert_all(
-            [(out, v, j, settings | dict(strict=strict)) for v, j in zip(volumes, jobs)], workers, bar
-        )
+    tasks = [(_convert, out, v, job, settings | dict(strict=strict)) for v, job in zip(volumes, jobs)]
+    with Progress(len(jobs), progress, 'simulate', 'volume') as bar, Workers(workers, bar, alone='workers=1') as pool:
+        skipped = skipped | {v.name: why for v, why in zip(volumes, pool.run(tasks)) if why}
     write_json(out / 'simulation.json', record | dict(skipped=skipped))
     _warn_skipped(skipped)
     if not any((out / j['file']).exists() for j in jobs):

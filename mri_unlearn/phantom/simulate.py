@@ -8,12 +8,8 @@ __all__ = ['STUDIES', 'ORGANS', 'FOLDERS', 'PRESETS', 'VAL_FROM', 'Study', 'plan
 
 # %% ../../nbs/21_phantom.simulate.ipynb #ba7d818b
 import json
-import multiprocessing
 import os
 import shutil
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from .. import __version__
 from ..data.writing import write_volume
 from ..data.header import Header
 from ..data.volumes import index_volumes
 from ..machinery.disk import DataError, claim
-from ..machinery.workers import end_with_parent
+from ..machinery.workers import Progress, Workers
 from .contrast import CONTRASTS, SITES
 from .people import subject
 from .scanner import acquire
@@ -157,43 +152,24 @@ def simulate_volume(
     )
 
 # %% ../../nbs/21_phantom.simulate.ipynb #dfdcd131
-def _simulate_patient(root, studies, settings):
-    "Make those volumes of one patient that are not there yet; the number of volumes comes back, for the progress bar."
+def _simulate_patient(root, studies, settings, progress):
+    "Make those volumes of one patient that are not there yet; `progress` counts volumes"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         body = None
-        for s in studies:
-            path = Path(root) / s.folder / s.fname
+        for study in studies:
+            path = Path(root) / study.folder / study.fname
             if path.exists():
                 continue
-            person, scan = _seeds(settings['seed'], s)
+            person, scan = _seeds(settings['seed'], study)
             if body is None:
-                body = subject(s.organ, person)
-            simulate_volume(path, s, body, scan, **{k: settings[k] for k in ('recon', 'slices', 'coils', 'extras')})
+                body = subject(study.organ, person)
+            size = {k: settings[k] for k in ('recon', 'slices', 'coils', 'extras')}
+            simulate_volume(path, study, body, scan, **size)
     finally:
         torch.set_num_threads(threads)
-    return len(studies)
-
-# %% ../../nbs/21_phantom.simulate.ipynb #61bef849
-def _run(tasks, workers, bar):
-    "Call `_simulate_patient` for each of `tasks`, in this process or in `workers` others."
-    if workers <= 1:
-        for t in tasks:
-            bar.update(_simulate_patient(*t))
-        return
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        try:
-            for done in as_completed([pool.submit(_simulate_patient, *t) for t in tasks]):
-                bar.update(done.result())
-        except BrokenProcessPool as e:
-            raise DataError(
-                'a worker process died, perhaps for lack of memory. Start again with workers=1; finished files are kept.'
-            ) from e
-        except BaseException:  # the first error ends the whole: do not start what still waits
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    progress.step(len(studies))
 
 # %% ../../nbs/21_phantom.simulate.ipynb #26ae4405
 def _settings(preset, given):
@@ -293,9 +269,12 @@ def simulate_dataset(
     root, studies = Path(root), plan_studies(settings['patients'])
     _claim(root, settings)
     _check_space(root, studies, settings)
-    by_patient = [(root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)]
+    by_patient = [(_simulate_patient, root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)]
     workers = min(2, os.cpu_count() or 1) if workers is None else workers
-    with tqdm(total=len(studies), desc='simulate', unit='volume', disable=not progress) as bar:
-        _run(by_patient, workers, bar)
+    with (
+        Progress(len(studies), progress, 'simulate', 'volume') as bar,
+        Workers(workers, bar, alone='workers=1') as pool,
+    ):
+        pool.run(by_patient)
     index = index_volumes(root, cache=False)
     return index.assign(lesions=index.fname.map(lesion_groups(settings)))

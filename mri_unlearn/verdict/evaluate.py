@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'VolumeRecon', 'reconstruct_volumes', 'evaluate', 'write_prediction', 'read_prediction', 'NoiseNet',
-           'agreement', 'side_means', 'summarise', 'oracle_spread', 'flag', 'TraceScores']
+           'agreement', 'side_means', 'summarise', 'oracle_spread', 'TraceScores']
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #0f13d998
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..machinery.disk import DataError
 from ..network.learner import to_image
 from ..network.metrics import square_crop, volume_scores
 from ..signal.kspace import ifft2c, rss
-from .names import KEYS, _by_key, forget_side, mean_over_patients
+from .names import KEYS, by_network, forget_side, in_order, mean_over_patients
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #a2b4cc08
 class VolumeRecon(NamedTuple):
@@ -150,7 +150,7 @@ def summarise(
     results: pd.DataFrame,  # one row a model and volume, columns as in results.csv
     agree: pd.DataFrame = None,  # one row a model, volume and Oracle seed: KEYS, split, volume, agree_db
     work: pd.DataFrame = None,  # one row a model: KEYS, slices (forward and backward), seconds
-):  # DataFrame, one row a model, columns as in summary.csv plus forget_split and flag
+):  # DataFrame, one row a model, columns as in summary.csv plus forget_split
     "Gaps, forgetting fraction, agreement and cost of every model, relative to the Oracle"
     s = side_means(results)
     oracle, original = s[s.model == 'oracle'], s[s.model == 'original']
@@ -161,9 +161,7 @@ def summarise(
     known = original.forget_psnr.mean() - level.forget_psnr if len(original) else np.nan
     s['forgetting_fraction'] = (original.forget_psnr.mean() - s.forget_psnr) / known
     for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
-        s[f'agree_{side}_db'] = _by_key(
-            s, agree[agree.split == split].groupby(KEYS, dropna=False).agree_db.mean() if agree is not None else None
-        )
+        s[f'agree_{side}_db'] = in_order(s, {} if agree is None else _mean_agreement(agree[agree.split == split]))
     if work is not None:
         s = _with_cost(s, work)
     else:
@@ -171,45 +169,30 @@ def summarise(
     s['forget_split'] = forget_side(results)
     if 'source' in results:
         s['source'] = '+'.join(sorted(results.source.unique()))  # of the k-space
-    s['flag'] = [flag(r, s) for r in s.to_dict('records')]
     return s
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #b3c20274
+def _mean_agreement(agree):
+    return by_network(agree.groupby(KEYS, dropna=False).agree_db.mean())
+
+
 def _with_cost(s, work):
     "Add cost_ratio (slices), seconds and seconds_ratio, relative to the training of one Oracle"
     one = work[work.model == 'oracle'][['slices', 'seconds']].mean()
     per = work.set_index(KEYS)[['slices', 'seconds']]
-    s['cost_ratio'], s['seconds'] = np.array(_by_key(s, per.slices)) / one.slices, _by_key(s, per.seconds)
+    s['cost_ratio'] = np.array(in_order(s, by_network(per.slices))) / one.slices
+    s['seconds'] = in_order(s, by_network(per.seconds))
     s['seconds_ratio'] = s.seconds / one.seconds
     return s
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #8836e38c
 def oracle_spread(
-    summary: pd.DataFrame,  # rows of all Oracle seeds
+    summary: pd.DataFrame,  # rows of all Oracle seeds, among others
     side: str,  # 'retain' or 'forget'
-):  # largest minus smallest mean PSNR over seeds, dB; 0 for one seed
-    "How much the Oracle varies by its seed alone"
+) -> float:  # dB; 0 for one seed
+    "How much the Oracle varies by its seed alone: largest minus smallest mean PSNR"
     p = summary[summary.model == 'oracle'][f'{side}_psnr']
     return float(p.max() - p.min())
-
-
-def flag(
-    row: dict,  # of the summary
-    summary: pd.DataFrame,  # for the spread of the Oracle
-    tolerance: float = 0.3,  # dB that never matter
-):  # 'at the oracle', or what is wrong: over-forgotten, under-forgotten, retain damaged, retain better
-    "Say in words where a model stands relative to the Oracle"
-    out = []
-    for side, low, high in (
-        ('retain', 'retain damaged', 'retain better'),
-        ('forget', 'over-forgotten', 'under-forgotten'),
-    ):
-        gap, margin = row[f'gap_{side}_db'], max(tolerance, oracle_spread(summary, side))
-        if not np.isfinite(gap):
-            out.append(f'{side} not measured')
-        elif abs(gap) > margin:
-            out.append(low if gap < 0 else high)
-    return ', '.join(out) or 'at the oracle'
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #676fdd64
 class TraceScores(Callback):
