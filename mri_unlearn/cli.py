@@ -308,9 +308,9 @@ def do_protocol(a):
     )  # the preset's reason belongs to its own query
     settings = dict(query=a.forget, reason=reason, fraction=a.retain_fraction, **{k: getattr(a, k) for k in SETTINGS})
     if a.full:
-        from mri_unlearn.experiment.settings import full
+        from mri_unlearn.experiment.settings import full_settings
 
-        settings = full() | {k: v for k, v in settings.items() if v is not None}
+        settings = full_settings() | {k: v for k, v in settings.items() if v is not None}
     if a.method_settings:
         settings['method_settings'] = read_method_settings(a.method_settings)
     if a.dry_run:

@@ -269,7 +269,9 @@ def simulate_dataset(
     root, studies = Path(root), plan_studies(settings['patients'])
     _claim(root, settings)
     _check_space(root, studies, settings)
-    by_patient = [(_simulate_patient, root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)]
+    by_patient = [
+        (_simulate_patient, root, list(group), settings) for _, group in groupby(studies, key=lambda s: s.patient_id)
+    ]
     workers = min(2, os.cpu_count() or 1) if workers is None else workers
     with (
         Progress(len(studies), progress, 'simulate', 'volume') as bar,
