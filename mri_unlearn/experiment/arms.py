@@ -153,6 +153,7 @@ def unlearning_work(
     splits: pd.DataFrame,  # volumes with their column `split`
     network: NetworkName,  # unlearned
     scored: int = 0,  # slices that are scored after each round but the last
+    after: int = 0,  # slices that are scored after the last
 ) -> Work:  # of its unlearning
     "What it takes to let a method work on the Original"
     u, sides = settings.unlearning, METHODS[network.method].data
@@ -163,7 +164,7 @@ def unlearning_work(
         parts.append(splits[splits.split == 'forget_train'])
     seen = pd.concat(parts)
     steps = u.steps or ceil(int(seen.slices.sum()) / u.bs)
-    return Work(u.rounds * steps * u.bs, (u.rounds - 1) * scored, len(seen), TRAINED_ON['original'], u.bs)
+    return Work(u.rounds * steps * u.bs, (u.rounds - 1) * scored + after, len(seen), TRAINED_ON['original'], u.bs)
 
 
 def scoring_work(
@@ -277,14 +278,17 @@ class Arm(_Tasks):
         return Stage(name, tuple(needs), work, partial(run, *args), self.run)
 
     def training_stages(self) -> list:  # of `Stage`
-        "Train and unlearn"
-        s, looks = self.settings, int(self.tests.slices.sum()) if self.traced else 0
-        trained = [n for n in trained_networks(s) if n in self.networks]
-        stages = [self.stage(n.stage, (), training_work(s, self.splits, n), self.train, n) for n in trained]
-        for n in unlearning_plan(s):
-            work = unlearning_work(s, self.splits, n, looks)
-            stages.append(self.stage(n.stage, ['original'], work, self.unlearn, n))
-        return stages
+        "Train networks from scratch"
+        networks = [n for n in self.networks if n.kind in TRAINED_ON]
+        work = {n: training_work(self.settings, self.splits, n) for n in networks}
+        return [self.stage(n.stage, (), work[n], self.train, n) for n in networks]
+
+    def unlearning_stages(self) -> list:  # of `Stage`
+        "Let methods work on the Original"
+        looks = int(self.tests.slices.sum()) if self.traced else 0
+        plan = unlearning_plan(self.settings)
+        work = {n: unlearning_work(self.settings, self.splits, n, looks) for n in plan}
+        return [self.stage(n.stage, ['original'], work[n], self.unlearn, n) for n in plan]
 
     def image_stages(self) -> list:  # of `Stage`
         "Keep the images of all Oracles"
@@ -294,7 +298,7 @@ class Arm(_Tasks):
 
     def stages(self) -> list:  # of `Stage`
         "All that this arm has to do, whether it is done or not"
-        training, images = self.training_stages(), self.image_stages()
+        training, images = [*self.training_stages(), *self.unlearning_stages()], self.image_stages()
         work, ready = scoring_work(self.scored), [i.name for i in images]
         made = {t.name for t in training}
         needs = {n: [n.stage] * (n.stage in made) + ready for n in self.networks}

@@ -99,7 +99,7 @@ class PlantedArm(Arm):
         "Train and unlearn as in the main arm, and look for the structure in the probes: all retain test volumes"
         work = scoring_work(self.splits[self.splits.split == 'retain_test'])
         looks = [self.stage(f'score_{n.stage}', [n.stage], work, self.score, n) for n in self.networks]
-        return [*self.training_stages(), *looks]
+        return [*self.training_stages(), *self.unlearning_stages(), *looks]
 
 # %% ../../nbs/79_experiment.extras.ipynb #d87a17e1
 def judged_networks(

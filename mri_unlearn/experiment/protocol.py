@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['picture_volumes', 'example_images', 'verdict_figure', 'start_run', 'run_protocol']
 
-# %% ../../nbs/81_experiment.protocol.ipynb #568833c5
+# %% ../../nbs/81_experiment.protocol.ipynb #84b1cbd5
 import time
 from pathlib import Path
 
 import pandas as pd
 
-from .arms import Arm, run_stages
+from .arms import run_stages
 from .extras import PlantedArm, all_arms
 from .networks import run_network, scoring_loader, unlearning_plan
 from .runs import Run, load_splits, record_volumes, write_config, write_timing
