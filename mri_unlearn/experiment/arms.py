@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Work', 'Stage', 'waves', 'run_stages', 'training_work', 'unlearning_work', 'scoring_work', 'Arm']
 
-# %% ../../nbs/78_experiment.arms.ipynb #7f71939f
+# %% ../../nbs/78_experiment.arms.ipynb #e0774602
 import itertools
 import os
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import Callable
 
 import pandas as pd
 
+from ..data.loaders import ReconDL
 from ..data.request import retain_subset
 from mri_unlearn.experiment.networks import (
     TRAINED_ON,
@@ -94,7 +95,7 @@ def _sorter(stages):
         sorter.add(stage.record, *needs)
     return known, sorter
 
-
+# %% ../../nbs/78_experiment.arms.ipynb #e4314632
 def waves(
     stages: list,  # of `Stage`
 ) -> list:  # of lists of `Stage`, longest first
@@ -114,7 +115,7 @@ def waves(
         sorter.done(*ready)
     return found
 
-
+# %% ../../nbs/78_experiment.arms.ipynb #f43ff0ee
 def run_stages(
     stages: list,  # of `Stage`
     n: int = None,  # processes; None: one a core (at most eight), or a device, or one where there is a GPU
@@ -173,79 +174,12 @@ def scoring_work(
     "What it takes to score a network once"
     return Work(scored=int(volumes.slices.sum()), volumes=len(volumes))
 
-# %% ../../nbs/78_experiment.arms.ipynb #aa15949f
-class _Parts:
-    "What of an arm follows from its data"
-
-    @cached_property
-    def scored(self):
-        "Volumes that are scored"
-        return scored_volumes(self.splits)
-
-    @cached_property
-    def tests(self):
-        "Those that the comparison of images, the trace and the tuning look at: test volumes of both sides"
-        return self.scored[self.scored.split.isin(['retain_test', forget_side(self.scored)])]
-
-    @property
-    def dl(self):
-        "Loader over `scored`"
-        return self._loader('scored')
-
-    @property
-    def test_dl(self):
-        "Loader over `tests`"
-        return self._loader('tests')
-
-    def _loader(self, which):
-        keep = kept_bytes(self.settings, self.scored) < 2**29
-        return kept_loader((str(self.out), self.number, which), self.settings, getattr(self, which), keep)
-
-    @property
-    def networks(self):
-        "Networks that are scored"
-        others = [NetworkName('zero_filled'), NetworkName('control', 'noise')]
-        return [*trained_networks(self.settings), *unlearning_plan(self.settings), *others]
-
-    def network(
-        self,
-        name: NetworkName,  # which one
-    ):  # UNet or VarNet; for a control its stand-in; None for the zero-filled image
-        "The network of that name"
-        if name.kind == 'zero_filled':
-            return None
-        return (
-            NoiseNet(self.settings.seed) if name.kind == 'control' else run_network(self.run, self.settings, name.stage)
-        )
-
-# %% ../../nbs/78_experiment.arms.ipynb #6783383b
-class _Tasks(_Parts):
-    "What the stages of an arm do"
-
-    def train(self, network, progress):
-        "Train the Original, an Oracle, or the network of the forget set alone"
-        train_network(self.run, self.settings, network, self.splits, progress, self.title)
-
-    def unlearn(self, network, progress):
-        "Let a method work on the Original"
-        test_dl = self.test_dl if self.traced else None
-        run_method(self.run, self.settings, network, self.splits, test_dl, progress)
-
-    def write_images(self, oracle, progress):
-        "Keep an Oracle's images of the test volumes"
-        write_images(self.run, self.network(oracle), oracle, self.test_dl, progress)
-
-    def score(self, network, progress):
-        "Score a network, and compare its images with those of the Oracles"
-        tests, model = set(self.tests.fname), self.network(network)
-        score_network(self.run, self.settings, model, network, self.dl, tests, progress)
-
 # %% ../../nbs/78_experiment.arms.ipynb #1f39651a
 _NUMBERS = itertools.count()  # of the arms that a process makes
 
 
-class Arm(_Tasks):
-    "Networks that are trained, made to forget and scored on one data set"
+class _Data:
+    "The data of an arm"
 
     title = ''  # in front of what it says and lists
     scoring = 'score all networks'  # what a dry run calls the stages that train nothing
@@ -260,11 +194,58 @@ class Arm(_Tasks):
         self.out, self.settings, self.splits, self.run = Path(out), settings, splits, Run(out)
         self.number = os.getpid(), next(_NUMBERS)  # the same for all its copies in workers
 
-    def write_data(
-        self,
-        show: bool = False,  # a progress bar
-    ):
-        "Write what the stages need besides the volumes of the run, unless it is there"
+    @cached_property
+    def scored(self):
+        "Volumes that are scored"
+        return scored_volumes(self.splits)
+
+    @cached_property
+    def tests(self):
+        "Those whose images are compared: test volumes of both sides"
+        return self.scored[self.scored.split.isin(['retain_test', forget_side(self.scored)])]
+
+    def loader(self, which: str) -> ReconDL:  # over 'scored' or 'tests'
+        "Loader in file order, the same for all copies of the arm in a process"
+        keep = kept_bytes(self.settings, self.scored) < 2**29
+        return kept_loader((str(self.out), self.number, which), self.settings, getattr(self, which), keep)
+
+# %% ../../nbs/78_experiment.arms.ipynb #6783383b
+class _Tasks(_Data):
+    "The networks of an arm, and what its stages do"
+
+    @property
+    def networks(self):
+        "Networks that are scored"
+        others = [NetworkName('zero_filled'), NetworkName('control', 'noise')]
+        return [*trained_networks(self.settings), *unlearning_plan(self.settings), *others]
+
+    def network(self, name: NetworkName):  # of any kind; for the zero-filled image it is None
+        "The network of that name with its weights"
+        if name.kind in ('zero_filled', 'control'):
+            return None if name.kind == 'zero_filled' else NoiseNet(self.settings.seed)
+        return run_network(self.run, self.settings, name.stage)
+
+    def train(self, network, progress):
+        "Train the Original, an Oracle, or the network of the forget set alone"
+        train_network(self.run, self.settings, network, self.splits, progress, self.title)
+
+    def unlearn(self, network, progress):
+        "Let a method work on the Original"
+        test_dl = self.loader('tests') if self.traced else None
+        run_method(self.run, self.settings, network, self.splits, test_dl, progress)
+
+    def write_images(self, oracle, progress):
+        "Keep an Oracle's images of the test volumes"
+        write_images(self.run, self.network(oracle), oracle, self.loader('tests'), progress)
+
+    def score(self, network, progress):
+        "Score a network, and compare its images with those of the Oracles"
+        tests, model = set(self.tests.fname), self.network(network)
+        score_network(self.run, self.settings, model, network, self.loader('scored'), tests, progress)
+
+# %% ../../nbs/78_experiment.arms.ipynb #eff74375
+class _Stages(_Tasks):
+    "The stages of an arm, kind by kind"
 
     def stage(
         self,
@@ -296,11 +277,18 @@ class Arm(_Tasks):
         oracles = [n for n in self.networks if n.kind == 'oracle']
         return [self.stage(f'images_{n.stage}', [n.stage], work, self.write_images, n) for n in oracles]
 
+# %% ../../nbs/78_experiment.arms.ipynb #fee9a865
+class Arm(_Stages):
+    "Networks that are trained, made to forget and scored on one data set"
+
+    def write_data(self, show: bool = False):  # a progress bar
+        "Write what the stages need besides the volumes of the run, unless it is there: nothing"
+
     def stages(self) -> list:  # of `Stage`
         "All that this arm has to do, whether it is done or not"
         training, images = [*self.training_stages(), *self.unlearning_stages()], self.image_stages()
-        work, ready = scoring_work(self.scored), [i.name for i in images]
-        made = {t.name for t in training}
+        work, ready = scoring_work(self.scored), [stage.name for stage in images]
+        made = {stage.name for stage in training}
         needs = {n: [n.stage] * (n.stage in made) + ready for n in self.networks}
         scores = [self.stage(f'score_{n.stage}', needs[n], work, self.score, n) for n in self.networks]
         return [*training, *images, *scores]

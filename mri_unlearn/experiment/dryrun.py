@@ -179,7 +179,7 @@ def _splits_and_extras(settings, data, folder, index):
     splits = request.split(planned, test=settings.data.test, seed=settings.seed)
     return limited(splits, settings.data.limit_volumes), True
 
-
+# %% ../../nbs/82_experiment.dryrun.ipynb #39eb98e6
 def dry_run(
     preset: str = 'small',  # name in `EXPERIMENTS`
     data=None,  # folder(s) of fastMRI-format files; None: what the preset would simulate
@@ -190,7 +190,7 @@ def dry_run(
     devices=None,  # as in `run_protocol`
     **settings,  # as in `run_protocol`
 ) -> tuple:  # (table of jobs, what is known besides: dict)
-    "What `run_protocol` with the same arguments would do, with an estimate of its cost; raises `DataError` as that would"
+    "What `run_protocol` would do with the same arguments, and about its cost; raises `DataError` as that would"
     chosen, at_once = prepare(preset, settings), processes(jobs, devices)
     with tempfile.TemporaryDirectory() as folder:
         splits, extras = _splits_and_extras(chosen, data, folder, dict(strict=strict, organ=organ))

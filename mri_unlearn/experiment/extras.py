@@ -46,11 +46,9 @@ def _moved(table, folder):
     "A table of volumes with paths that hold wherever the run is now"
     return table.assign(path=[str(folder / row.folder / row.fname) for row in table.itertuples()])
 
-# %% ../../nbs/79_experiment.extras.ipynb #f8cf9e9d
-class PlantedArm(Arm):
-    "The same with a structure planted into all forget volumes; looks for it in retain reconstructions"
-
-    title, scoring, traced = 'planted: ', 'planted: look for the structure', False
+# %% ../../nbs/79_experiment.extras.ipynb #fd3dd095
+class _PlantedData(Arm):
+    "The data of the planted arm"
 
     @classmethod
     def beside(
@@ -77,6 +75,12 @@ class PlantedArm(Arm):
         probes = _moved(pd.read_csv(self.out / 'probes.csv'), self.out / 'probe')
         places = pd.read_csv(self.out / 'places.csv')
         return Planted(self.splits, probes, places, Structure(), mask_of(self.settings))
+
+# %% ../../nbs/79_experiment.extras.ipynb #f8cf9e9d
+class PlantedArm(_PlantedData):
+    "The same with a structure planted into all forget volumes; looks for it in retain reconstructions"
+
+    title, scoring, traced = 'planted: ', 'planted: look for the structure', False
 
     @property
     def networks(self):
@@ -111,7 +115,7 @@ def judged_networks(
     trained = [n for n in trained_networks(settings) if n.kind != 'forget_only']
     return [*trained, *runs, NetworkName('zero_filled')]
 
-
+# %% ../../nbs/79_experiment.extras.ipynb #e1fd3262
 class NullSpace:
     "Null-space energies of the networks of an arm, volume by volume"
 
@@ -132,10 +136,8 @@ class NullSpace:
         progress.say(f'null space of {fname}')
         row = arm.tests[arm.tests.fname == fname]
         loader = scoring_loader(arm.settings, row, keep=True)
-        images = {
-            stage: {fname: next(iter(reconstruct_volumes(arm.network(n), loader))).image.cpu()}
-            for stage, n in names.items()
-        }
+        volumes = {stage: next(iter(reconstruct_volumes(arm.network(n), loader))) for stage, n in names.items()}
+        images = {stage: {fname: volume.image.cpu()} for stage, volume in volumes.items()}
         energies = null_space_energy(images, row, mask_of(arm.settings))
         names['target'] = NetworkName('target')
         keys = pd.DataFrame([names[m].columns for m in energies.model], index=energies.index)

@@ -41,17 +41,11 @@ class Run:
         for folder in ('models', 'stages', 'figures'):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
 
-    def record(
-        self,
-        stage: str,  # name of a stage
-    ) -> Path:  # where its record is, or will be
+    def record(self, stage: str) -> Path:  # of a stage, by its name
         "File of a stage's record"
         return self.out / 'stages' / f'{stage}.json'
 
-    def model(
-        self,
-        stage: str,  # name of the stage that trained it
-    ) -> Path:  # where its weights are, or will be
+    def model(self, stage: str) -> Path:  # of a network, by the stage that trained it
         "File of a network's weights"
         return self.out / 'models' / f'{stage}.pt'
 
@@ -155,7 +149,7 @@ def write_config(
         write=False,
     )
     if splits is not None:
-        config['data'] = _contents(splits) | config['data']  # what stands there already, stays
+        config['data'] |= _contents(splits) | config['data']  # what stands there already, stays
         write_json(path, config)
 
 # %% ../../nbs/76_experiment.runs.ipynb #e87a8ed9

@@ -142,7 +142,7 @@ class Settings:
         alone = groups.pop('', {})
         return replace(self, **alone, **{group: replace(getattr(self, group), **new) for group, new in groups.items()})
 
-
+# %% ../../nbs/75_experiment.settings.ipynb #3b644368
 def _places():
     "Name as users type it -> (group, field); the group is '' for what belongs to no group"
     places = {}

@@ -95,7 +95,7 @@ def _null_columns(null, network):
         for kind in ('null', 'measurement')
     }
 
-
+# %% ../../nbs/80_experiment.tables.ipynb #c4ac2300
 def hallucination_table(
     planted: pd.DataFrame,  # rows of all *.planted.csv with a column patient_id, or None
     null: pd.DataFrame,  # rows of all *.null.csv, or None

@@ -99,6 +99,16 @@ def choose_trials(
 class _Scores(Arm):
     "How networks are scored in a rehearsal"
 
+    @property
+    def networks(self):
+        "Networks that are trained"
+        return [n for n in trained_networks(self.settings) if n.kind != 'forget_only']
+
+    @property
+    def references(self):
+        "What trials are compared with"
+        return [*self.networks, NetworkName('zero_filled')]
+
     def keep(self, name, model, progress, seeds, **about):
         "Record mean PSNR on both sides, and agreement with Oracles of these seeds on forget volumes: over patients"
         agree = {}
@@ -109,7 +119,7 @@ class _Scores(Arm):
                 found = agree_with_oracles(self.run, volume, seeds)
                 agree[volume.row['fname']] = np.mean([*found.values()])
 
-        scores = evaluate(model, self.test_dl, each=compare)
+        scores = evaluate(model, self.loader('tests'), each=compare)
         scores['agree'] = scores.volume.map(agree).astype(float)
         forget = forget_side(scores)
 
@@ -170,17 +180,7 @@ class Rehearsal(_Trials):
         super().__init__(out, settings, splits)
         self.trials = trials or {}
 
-    @property
-    def networks(self):
-        "Networks that are trained"
-        return [n for n in trained_networks(self.settings) if n.kind != 'forget_only']
-
-    @property
-    def references(self):
-        "What trials are compared with"
-        return [*self.networks, NetworkName('zero_filled')]
-
-    def trial_work(self, method):
+    def _trial_work(self, method):
         "How much one trial is"
         fraction = used_fraction(method, self.settings.unlearning.fraction)
         looks = int(self.tests.slices.sum())
@@ -196,7 +196,7 @@ class Rehearsal(_Trials):
         for m, own in self.trials.items():
             needs = ['original', *ready] + [stage.name for stage in scores] * _wants_shadow(m)
             tries += [
-                self.stage(f'trial_{m}_{i}', needs, self.trial_work(m), self.trial, m, i) for i in range(len(own))
+                self.stage(f'trial_{m}_{i}', needs, self._trial_work(m), self.trial, m, i) for i in range(len(own))
             ]
         return [*self.training_stages(), *images, *scores, *tries]
 
@@ -237,7 +237,7 @@ def _check_scores(out):
                 'folder, or remove the files score_* and trial_* beside it: the networks are kept'
             )
 
-
+# %% ../../nbs/83_experiment.tuning.ipynb #f9109e83
 def tune(
     out,  # folder; holds the development data and networks, trials.csv and tuned.json
     preset: str = 'small',  # of the protocol
