@@ -24,7 +24,7 @@ def protocol_settings(
     args,  # parsed options of `protocol`
 ) -> dict:  # name of a setting -> value; None: as the preset says
     "The settings that the options replace"
-    from mri_unlearn.experiment.settings import full
+    from mri_unlearn.experiment.settings import full_settings
 
     reason = args.reason
     if reason is None and args.forget:
@@ -32,7 +32,7 @@ def protocol_settings(
     settings = dict(query=args.forget, reason=reason, fraction=args.retain_fraction)
     settings |= {k: getattr(args, k) for k in SETTINGS}
     if args.full:
-        settings = full() | {k: v for k, v in settings.items() if v is not None}
+        settings = full_settings() | {k: v for k, v in settings.items() if v is not None}
     if args.method_settings:
         settings['method_settings'] = read_method_settings(args.method_settings)
     return settings
