@@ -115,6 +115,7 @@ class LossTerms(Callback):
     "Collects the terms of an unlearning loss and hands their sum to the backward pass"
 
     order = LossTerm.order + 10  # after every term
+    left = 'item_loss', 'is_forget', 'terms', 'loss_grad'  # what is on the Learner while it is trained, and no longer
 
     def before_fit(self):
         self.history = []
@@ -144,6 +145,11 @@ class LossTerms(Callback):
     def after_train(self):
         steps = max(self.n, 1) / self.parts
         self.history.append({name: total / steps for name, total in self.sums.items()})  # means over steps
+
+    def after_fit(self):
+        for name in self.left:
+            if hasattr(self.learn, name):
+                delattr(self.learn, name)
 
 # %% ../../nbs/45_unlearn.core.ipynb #3705009a
 class OneStep(Callback):
