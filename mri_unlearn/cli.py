@@ -260,11 +260,12 @@ def do_evaluate(a):
 def do_reconstruct(a):
     "Write the images of a network as files that fastMRI's evaluate.py reads"
     from mri_unlearn.network.weights import load_network
-    from mri_unlearn.verdict.reconstruct import reconstruct
+    from mri_unlearn.verdict.reconstruct import _save_picture, reconstruct
 
     about = {k: getattr(a, k) for k in ('mask', 'acceleration', 'center_fraction')}
     net, index = None if a.zero_filled else load_network(a.model), index_of(a)
-    n = reconstruct(net, index, mask_of(a), a.out, about, bs=a.batch_size, png=a.png, num_workers=a.workers)
+    picture = _save_picture if a.png else None
+    n = reconstruct(net, index, mask_of(a), a.out, about, bs=a.batch_size, picture=picture, num_workers=a.workers)
     print(
         f'volumes reconstructed: {n}, there already: {len(index) - n}; in {a.out}, NAME.h5 with the dataset reconstruction'
     )
