@@ -25,7 +25,8 @@ from ..data.writing import write_volume
 from ..machinery.disk import DataError, claim, write_json
 from ..machinery.workers import Progress, Workers
 from .contrast import SITES
-from .image_files import _below, _geometry, _search, _warn_skipped, read_image
+from .image_files import without_folder, search_images, warn_skipped
+from .image_pixels import upright_geometry, read_image
 from .image_headers import acquisition_name, organ_from
 from .images import field_of_view, image_kspace
 from .simulate import FOLDERS
@@ -33,9 +34,9 @@ from .simulate import FOLDERS
 # %% ../../nbs/26_phantom.image_sets.ipynb #c62e21cd
 def middle_slices(
     image,  # [slices, rows, cols]
-    n=None,  # at most so many; default: all that hold something
+    n: int = None,  # at most so many; None: all that hold something
 ):  # first, last + 1
-    "The range of slices to use: those that hold something, and of them the middle."
+    "The range of slices to use: those that hold something, and of them the middle"
     a = np.abs(image)
     share = (a > 0.1 * (np.percentile(a, 99.7) or a.max())).mean((1, 2))
     held = np.flatnonzero(share > 0.05 * share.max())
@@ -47,58 +48,64 @@ def middle_slices(
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #47a862bd
 def _order(patients, seed):
-    "Patients shuffled: by a hash, so that one more patient does not move the others."
+    "Patients shuffled: by a hash, so that one more patient does not move the others"
     return sorted(set(patients), key=lambda p: hashlib.sha256(f'{seed} {p}'.encode()).hexdigest())
 
 
-def _site(v, turn):
-    field = v.about.get('field_T')
-    return (
-        min(SITES.values(), key=lambda s: abs(s.field_T - field)) if field else list(SITES.values())[turn % len(SITES)]
-    )
+def _validation(home, order, fraction):
+    "The patients of the validation folder, separately for each organ; home: patient -> organ"
+    val = set()
+    for organ in set(home.values()):
+        patients = [p for p in order if home[p] == organ]
+        n = round(fraction * len(patients))
+        val |= set(patients[: max(n, 1) if fraction > 0 and len(patients) > 1 else 0])
+    return val
 
 
+def _site(volume, turn):
+    "The site whose field is nearest; where it is unknown, patients take turns"
+    field, sites = volume.about.get('field_T'), list(SITES.values())
+    return min(sites, key=lambda s: abs(s.field_T - field)) if field else sites[turn % len(sites)]
+
+
+def _file_name(i, organ, acquisition, site):
+    "fastMRI's kind of name for brains and knees, another one for other organs"
+    if organ == 'knee':
+        return f'file15{i:05d}.h5'
+    return f'{"file_brain" if organ == "brain" else "image"}_{acquisition}_{site.code}_3{i:06d}.h5'
+
+# %% ../../nbs/26_phantom.image_sets.ipynb #991a4141
 def plan_images(
-    volumes,  # of `ImageVolume`
+    volumes: list,  # of `ImageVolume`
     settings: dict,  # organ, plane, seed, val_fraction
 ) -> list:  # of dict: file, source, patient_id, organ, acquisition, plane, site, bytes
-    "What every volume becomes. Each patient is in one folder."
+    "What every volume becomes. Each patient is in one folder"
     organs = [settings['organ'] or organ_from(v.about.get('body_part')) for v in volumes]
     home = {v.patient: o for v, o in reversed(list(zip(volumes, organs)))}  # the organ of a patient's first volume
-    order, val = _order(home, settings['seed']), set()
-    for organ in set(home.values()):
-        of = [p for p in order if home[p] == organ]
-        n = round(settings['val_fraction'] * len(of))
-        val |= set(of[: max(n, 1) if settings['val_fraction'] > 0 and len(of) > 1 else 0])
-    jobs = []
-    for i, (v, organ) in enumerate(zip(volumes, organs), 1):
-        plane = _geometry(v, settings['plane'], organ)[2]
-        name = acquisition_name(v.contrast, organ, plane)
-        site = _site(v, order.index(v.patient))
-        fname = (
-            f'file15{i:05d}.h5'
-            if organ == 'knee'
-            else f'{"file_brain" if organ == "brain" else "image"}_{name}_{site.code}_3{i:06d}.h5'
-        )
+    order = _order(home, settings['seed'])
+    val, jobs = _validation(home, order, settings['val_fraction']), []
+    for i, (volume, organ) in enumerate(zip(volumes, organs), 1):
+        plane = upright_geometry(volume, settings['plane'], organ)[2]
+        acquisition, site = acquisition_name(volume.contrast, organ, plane), _site(volume, order.index(volume.patient))
         jobs.append(
             dict(
-                file=f'{FOLDERS[v.patient in val]}/{fname}',
-                source=v.name,
-                patient_id=v.patient,
+                file=f'{FOLDERS[volume.patient in val]}/{_file_name(i, organ, acquisition, site)}',
+                source=volume.name,
+                patient_id=volume.patient,
                 organ=organ or 'unknown',
-                acquisition=name,
+                acquisition=acquisition,
                 plane=plane,
                 site=site.name,
-                bytes=sum((v.root / f).stat().st_size for f in set(v.files)),
+                bytes=sum((volume.root / f).stat().st_size for f in set(volume.files)),
             )
         )
     return jobs
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #97c094bb
-def _image_header(v, job, acq):
+def _image_header(volume, job, acq):
     "ISMRMRD header of k-space that was computed from an image."
     slices, coils, H, W = acq.kspace.shape
-    site, a = SITES[job['site']], v.about
+    site, said = SITES[job['site']], volume.about
     organ = '' if job['organ'] == 'unknown' else job['organ']
     return Header(
         encoded=(H, W, 1),
@@ -109,31 +116,31 @@ def _image_header(v, job, acq):
         enc_maximum=acq.enc_maximum,
         slice_maximum=slices - 1,
         slice_center=slices // 2,
-        field_T=a.get('field_T') or site.field_T,
+        field_T=said.get('field_T') or site.field_T,
         coils=coils,
         vendor=site.vendor,
         model=site.model,
         site=site.name,
-        patient_id=v.patient,
+        patient_id=volume.patient,
         body_part=organ.upper(),
-        patient_position=a.get('position') or 'HFS',
+        patient_position=said.get('position') or 'HFS',
         protocol=job['acquisition'],
         simulated=True,
         source='images',
-        **{k: a[k] for k in ('tr_ms', 'te_ms', 'ti_ms', 'flip_deg') if k in a},
+        **{k: said[k] for k in ('tr_ms', 'te_ms', 'ti_ms', 'flip_deg') if k in said},
     )
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #1479ecbb
-def _write_image(path, v, job, settings, image, spacing, plane):
+def _write_image(path, volume, job, settings, image, spacing, plane):
     "Make the k-space of the middle slices of `image` and write the file"
     first, end = middle_slices(image, settings['slices'])
-    seed = [settings['seed'], *np.frombuffer(hashlib.sha256(v.name.encode()).digest()[:16], '<u4').tolist()]
+    seed = [settings['seed'], *np.frombuffer(hashlib.sha256(volume.name.encode()).digest()[:16], '<u4').tolist()]
     acq = image_kspace(
         image[first:end],
         spacing,
         organ=job['organ'],
         plane=plane,
-        contrast=v.contrast,
+        contrast=volume.contrast,
         site=job['site'],
         seed=seed,
         **{k: settings[k] for k in ('coils', 'recon', 'fov', 'snr')},
@@ -141,26 +148,26 @@ def _write_image(path, v, job, settings, image, spacing, plane):
     write_volume(
         path,
         acq.kspace,
-        header=_image_header(v, job, acq),
+        header=_image_header(volume, job, acq),
         acquisition=job['acquisition'],
-        patient_id=v.patient,
-        attrs=dict(source_file=v.name, source_slices=f'{first}:{end}', snr=acq.extras['snr']),
+        patient_id=volume.patient,
+        attrs=dict(source_file=volume.name, source_slices=f'{first}:{end}', snr=acq.extras['snr']),
     )
 
 
-def _convert(out, v, job, settings, progress):
+def _convert(out, volume, job, settings, progress):
     "Make the file of one volume unless it is there. Returns why the image could not be read, or ''."
     path, threads = Path(out) / job['file'], torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         if not path.exists():
             try:
-                upright = read_image(v, job['plane'], job['organ'])
+                upright = read_image(volume, job['plane'], job['organ'])
             except DataError as e:
                 if settings['strict']:
                     raise
-                return _below(v.root, str(e))
-            _write_image(path, v, job, settings, *upright)
+                return without_folder(volume.root, str(e))
+            _write_image(path, volume, job, settings, *upright)
         return ''
     finally:
         torch.set_num_threads(threads)
@@ -168,23 +175,24 @@ def _convert(out, v, job, settings, progress):
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #4200f7f8
 def _image_settings(given):
-    "Complete settings as they will stand in the record. Raises `DataError` for what cannot be."
-    s = dict(given)
-    for k in ('recon', 'fov'):
-        if s[k] is not None:
-            s[k] = [s[k]] * 2 if np.ndim(s[k]) == 0 else list(s[k])
-    if not 0 <= s['val_fraction'] < 1:
-        raise DataError(f'val_fraction must lie in 0..1, without the 1, found {s["val_fraction"]}.')
-    if s['seed'] < 0:
-        raise DataError(f'seed must not be negative, found {s["seed"]}.')
-    low = {k: s[k] for k in ('coils', 'slices', 'limit', 'snr') if s[k] is not None and not s[k] > 0}
+    "Complete settings as they will stand in the record; raises `DataError` for what cannot be"
+    settings = dict(given)
+    for key in ('recon', 'fov'):
+        if settings[key] is not None:
+            settings[key] = [settings[key]] * 2 if np.ndim(settings[key]) == 0 else list(settings[key])
+    if not 0 <= settings['val_fraction'] < 1:
+        raise DataError(f'val_fraction must lie in 0..1, without the 1, found {settings["val_fraction"]}.')
+    if settings['seed'] < 0:
+        raise DataError(f'seed must not be negative, found {settings["seed"]}.')
+    positive = ('coils', 'slices', 'limit', 'snr')
+    low = {k: settings[k] for k in positive if settings[k] is not None and not settings[k] > 0}
     if low:
         raise DataError(f'{", ".join(low)} must be larger than 0, found {", ".join(map(str, low.values()))}.')
-    if s['organ'] is not None:
-        s['organ'] = organ_from(s['organ']) or None
-    if s['snr'] == np.inf:
-        s['snr'] = 1e9  # JSON has no infinity
-    return s | dict(source='images', version=__version__)
+    if settings['organ'] is not None:
+        settings['organ'] = organ_from(settings['organ']) or None
+    if settings['snr'] == np.inf:
+        settings['snr'] = 1e9  # JSON has no infinity
+    return settings | dict(source='images', version=__version__)
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #7a345569
 def _changed_images(out, found, wanted):
@@ -215,19 +223,23 @@ def _claim_images(out, record):
         write_json(out / 'simulation.json', record)
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #74a8522b
+def _sizes(volume, job, settings):
+    "Bytes of the file of a volume, and of the memory that making it takes; k-space has twice the rows of the image"
+    shape, spacing, _ = upright_geometry(volume, job['plane'], job['organ'])
+    rows, cols = field_of_view(shape, spacing, settings['recon'], settings['fov'])[1]
+    coils = settings['coils'] or SITES[job['site']].coils
+    size = min(shape[0], settings['slices'] or shape[0]) * rows * cols * (16 * coils + 4)
+    return size, 2 * size + 12 * np.prod(shape)
+
+
 def _check_room(out, volumes, jobs, settings, workers):
-    "Raise `DataError` if disk or memory cannot hold what will be made. K-space takes 8 bytes a sample and twice the rows of the image."
+    "Raise `DataError` if disk or memory cannot hold what will be made"
     need, largest = 0, (0, '')
-    for v, job in zip(volumes, jobs):
+    for volume, job in zip(volumes, jobs):
         if (out / job['file']).exists():
             continue
-        shape, spacing, _ = _geometry(v, job['plane'], job['organ'])
-        (h, w), coils = (
-            field_of_view(shape, spacing, settings['recon'], settings['fov'])[1],
-            settings['coils'] or SITES[job['site']].coils,
-        )
-        size = min(shape[0], settings['slices'] or shape[0]) * h * w * (16 * coils + 4)
-        need, largest = need + size, max(largest, (2 * size + 12 * np.prod(shape), v.name))
+        size, memory = _sizes(volume, job, settings)
+        need, largest = need + size, max(largest, (memory, volume.name))
     free, ram = shutil.disk_usage(out).free, psutil.virtual_memory().available
     if 1.05 * need > free:
         raise DataError(
@@ -236,54 +248,19 @@ def _check_room(out, volumes, jobs, settings, workers):
         )
     if workers * largest[0] > ram:
         raise DataError(
-            f'{largest[1]}: needs about {largest[0] / 1e9:.1f} GB of memory in each of {workers} processes, {ram / 1e9:.1f} GB are available. '
-            'Ask for fewer slices, coils, pixels (recon) or workers.'
+            f'{largest[1]}: needs about {largest[0] / 1e9:.1f} GB of memory in each of {workers} processes, '
+            f'{ram / 1e9:.1f} GB are available. Ask for fewer slices, coils, pixels (recon) or workers.'
         )
 
 # %% ../../nbs/26_phantom.image_sets.ipynb #9eba0b79
-def simulate_from_images(
-    images,  # folder with NIfTI (.nii, .nii.gz), DICOM or .npy images, searched with its subfolders
-    out,  # folder for the files; made if missing, continued if begun with the same settings and images
-    *,
-    seed=0,  # split, coils, phase, noise
-    coils=None,  # of each volume; default: the site's own number
-    recon=None,  # size of the target, (rows, cols) or one number, even; default: the image's own. See `field_of_view`
-    fov=None,  # field of view, (rows, cols) or one number, mm; default: the whole image
-    organ=None,  # 'brain', 'knee' or another, for all images; default: what their headers say
-    plane=None,  # 'axial', 'coronal', 'sagittal' or 'stored'; default: `choose_plane`. For `.npy`: what the slices are
-    slices=None,  # at most so many of each volume, from its middle; default: all that hold something
-    val_fraction=0.2,  # share of the patients in multicoil_val
-    snr=None,  # mean signal / noise of what is added; default: about 30, less at the second site
-    patient=None,  # regular expression that finds the patient in a path below `images`; default: `patient_of`
-    limit=None,  # at most so many volumes
-    workers=None,  # processes; default: as many as there are cores, at most 2. Each holds one volume
-    progress=True,  # show a progress bar
-    strict=False,  # an image that cannot be used: True an error; False left out with a warning
-) -> pd.DataFrame:  # the index of `out`
-    """Turn images into files of computed k-space: `out`/multicoil_train, `out`/multicoil_val, and the record `simulation.json`.
-
-    The same images, seed and settings give the same bytes, whatever the number of workers. Files that exist are kept, so a
-    killed run goes on where it was. Raises `DataError` for unusable images or settings, a folder with other content, a full disk."""
-    settings = _image_settings(
-        dict(
-            seed=int(seed),
-            coils=coils,
-            recon=recon,
-            fov=fov,
-            organ=organ,
-            plane=plane,
-            slices=slices,
-            val_fraction=float(val_fraction),
-            snr=snr,
-            patient=patient,
-            limit=limit,
-        )
-    )
-    volumes, skipped = _search(images, patient, strict)
-    out, volumes, workers = Path(out), volumes[:limit], min(2, os.cpu_count() or 1) if workers is None else workers
+def _make(images, out, settings, limit, workers, progress, strict):
+    "Find the images, make the files and the record. Returns the volumes, what each became, and what was left out"
+    volumes, skipped = search_images(images, settings['patient'], strict)
+    volumes = volumes[:limit]
     jobs = plan_images(volumes, settings)
-    for v, job in zip(volumes, jobs):
-        field_of_view(*_geometry(v, job['plane'], job['organ'])[:2], settings['recon'], settings['fov'])
+    for volume, job in zip(volumes, jobs):  # complain before anything is written
+        shape, spacing, _ = upright_geometry(volume, job['plane'], job['organ'])
+        field_of_view(shape, spacing, settings['recon'], settings['fov'])
     record = settings | dict(files=jobs, skipped=skipped)
     _claim_images(out, record)
     _check_room(out, volumes, jobs, settings, max(workers, 1))
@@ -291,15 +268,52 @@ def simulate_from_images(
     with Progress(len(jobs), progress, 'simulate', 'volume') as bar, Workers(workers, bar, alone='workers=1') as pool:
         skipped = skipped | {v.name: why for v, why in zip(volumes, pool.run(tasks)) if why}
     write_json(out / 'simulation.json', record | dict(skipped=skipped))
-    _warn_skipped(skipped)
-    if not any((out / j['file']).exists() for j in jobs):
+    return volumes, jobs, skipped
+
+
+def _warn(out, images, volumes, jobs, skipped, val_fraction):
+    "Say what was left out; raise `DataError` where nothing was made"
+    warn_skipped(skipped)
+    if not any((out / job['file']).exists() for job in jobs):
         raise DataError(
             f'{images}: none of {len(jobs)} volumes could be used; the first: {next(iter(skipped.values()))}'
         )
     if val_fraction and len({v.patient for v in volumes}) == 1:
         warnings.warn(
-            f'all {len(volumes)} volumes count as one patient ({volumes[0].patient}), so that {FOLDERS[1]} is empty. If they are of several, '
-            'name the folder that holds the files, or give the rule `patient`.',
-            stacklevel=2,
+            f'all {len(volumes)} volumes count as one patient ({volumes[0].patient}), so that {FOLDERS[1]} is empty. '
+            'If they are of several, name the folder that holds the files, or give the rule `patient`.',
+            stacklevel=3,
         )
+
+# %% ../../nbs/26_phantom.image_sets.ipynb #cf33e321
+def simulate_from_images(
+    images,  # folder with NIfTI (.nii, .nii.gz), DICOM or .npy images, searched with its subfolders
+    out,  # folder for the files; made if missing, continued if begun with the same settings and images
+    *,
+    seed: int = 0,  # split, coils, phase, noise
+    coils: int = None,  # of each volume; None: the site's own number
+    recon=None,  # size of the target, (rows, cols) or one number, even; None: the image's own. See `field_of_view`
+    fov=None,  # field of view, (rows, cols) or one number, mm; None: the whole image
+    organ: str = None,  # 'brain', 'knee' or another, for all images; None: what their headers say
+    plane: str = None,  # key of `PLANES` or 'stored'; None: `choose_plane`. For `.npy`: what the slices are
+    slices: int = None,  # at most so many of each volume, from its middle; None: all that hold something
+    val_fraction: float = 0.2,  # share of the patients in multicoil_val
+    snr: float = None,  # mean signal / noise of what is added; None: about 30, less at the second site
+    patient: str = None,  # regular expression that finds the patient in a path below `images`; None: `patient_of`
+    limit: int = None,  # at most so many volumes
+    workers: int = None,  # processes; None: as many as there are cores, at most 2. Each holds one volume
+    progress: bool = True,  # show a progress bar
+    strict: bool = False,  # an image that cannot be used: True an error; False left out with a warning
+) -> pd.DataFrame:  # the index of `out`
+    """Turn images into files of computed k-space: `out`/multicoil_train, `out`/multicoil_val, and `simulation.json`.
+
+    The same images, seed and settings give the same bytes, whatever the number of workers. Files that exist are kept,
+    so a killed run goes on where it was. Raises `DataError` for unusable images or settings, a folder with other
+    content, a full disk."""
+    sizes = dict(coils=coils, recon=recon, fov=fov, organ=organ, plane=plane, slices=slices)
+    others = dict(val_fraction=float(val_fraction), snr=snr, patient=patient, limit=limit)
+    settings = _image_settings(dict(seed=int(seed), **sizes, **others))
+    out, workers = Path(out), min(2, os.cpu_count() or 1) if workers is None else workers
+    volumes, jobs, skipped = _make(images, out, settings, limit, workers, progress, strict)
+    _warn(out, images, volumes, jobs, skipped, val_fraction)
     return index_volumes(out)
