@@ -1,4 +1,4 @@
-"""Folders of images as people have them: damaged, mixed, incomplete, killed; and what must not depend on any of that."""
+"""Folders of images as people have them: damaged, mixed, incomplete; and what must not depend on any of that."""
 
 import gzip
 import json
