@@ -50,7 +50,8 @@ def which_counts(
     old: Method,  # what is in the list
     new: Method,  # of the same name
 ) -> Method:  # the one to keep
-    "What is written in a notebook or at the prompt counts before what is installed; raises `DataError` for two installed ones"
+    """What is written in a notebook or at the prompt counts before what is installed.
+    Raises `DataError` for two installed ones."""
     if '__main__' in (old.module, new.module):
         return old if new.module != '__main__' else new
     if old.module != new.module:
