@@ -51,7 +51,8 @@ def prepare(nb):
             for out in cell.get('outputs', []):
                 if any(k.startswith('image/') for k in out.get('data', {})):
                     raise SystemExit(
-                        'nbs/index.ipynb: a cell output holds an image. Save it in nbs/images, hide the cell, and link the file.'
+                        'nbs/index.ipynb: a cell output holds an image. '
+                        'Save it in nbs/images, hide the cell, and link the file.'
                     )
             cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')
             if {'echo: false', 'hide_input'} & set(directives):

@@ -1,7 +1,8 @@
-"""How fast are loading, indexing and scoring beside fastMRI 0.3, and does memory stay flat? Run it: python tests/benchmark.py
+"""How fast are loading, indexing and scoring beside fastMRI 0.3, and does memory stay flat?
 
-Both sides do the same work on the same files, one after the other and again, in one process; the table gives medians and ratios.
-Files are made in a temporary folder and read once before the clock starts, so that they come from memory and not from a disk."""
+Run it: python tests/benchmark.py. Both sides do the same work on the same files, one after the other and again, in one
+process; the table gives medians and ratios. Files are made in a temporary folder and read once before the clock
+starts, so that they come from memory and not from a disk."""
 
 import argparse
 import os
@@ -17,13 +18,13 @@ import h5py
 import numpy as np
 import torch
 
+from mri_unlearn.data.header import Header
 from mri_unlearn.data.loaders import ReconDL
 from mri_unlearn.data.slices import SliceDataset
-from mri_unlearn.signal.masks import mask_func
-from mri_unlearn.network.metrics import volume_scores
-from mri_unlearn.data.header import Header
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.data.writing import write_volume
+from mri_unlearn.network.metrics import volume_scores
+from mri_unlearn.signal.masks import mask_func
 
 try:
     from fastmri.data.mri_data import SliceDataset as FastMRISlices
@@ -207,7 +208,8 @@ def memory(folder, a):
             peak[name] = float(done.stdout.rsplit('peak', 1)[1])
         more = peak['many'] / peak['few'] - 1
         print(
-            f'{f"mri_unlearn {command}, peak memory":52}{peak["few"]:8.0f} MB for 20 files, {peak["many"]:.0f} MB for 200 ({more:+.1%}); goal 10 %: {"met" if more < 0.1 else "MISSED"}',
+            f'{f"mri_unlearn {command}, peak memory":52}{peak["few"]:8.0f} MB for 20 files, '
+            f'{peak["many"]:.0f} MB for 200 ({more:+.1%}); goal 10 %: {"met" if more < 0.1 else "MISSED"}',
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""What the tests share: where the project is, how to get a copy of it that a test may change, and fastMRI to compare with."""
+"""What the tests share: where the project is, a copy of it that a test may change, and fastMRI to compare with."""
 
 import importlib
 import os
@@ -20,7 +20,7 @@ def pytest_configure(config):
     )
     config.addinivalue_line(
         'markers',
-        "parity: compares with fastMRI 0.3, which pip fetches where it is not installed; leave out with -m 'not parity'",
+        "parity: compares with fastMRI 0.3, which pip fetches if it is not installed; leave out with -m 'not parity'",
     )
 
 
@@ -56,7 +56,7 @@ FASTMRI = 'fastmri==0.3.0'
 
 
 def fetch(folder):
-    "Put fastMRI into `folder`, without Lightning, torchvision and torchmetrics, which what is compared here does not need"
+    "Put fastMRI into `folder`, without Lightning, torchvision and torchmetrics: what is compared does not need them"
     command = [
         sys.executable,
         '-m',
@@ -119,6 +119,7 @@ def fastmri(tmp_path_factory):
         for m in ('', '.data.subsample', '.data.transforms', '.data.mri_data', '.evaluate', '.models')
     )
     assert top.__version__ == '0.3.0', (
-        f'these tests compare with fastMRI 0.3.0, installed is {top.__version__}: uninstall it, and the right one is fetched'
+        f'these tests compare with fastMRI 0.3.0, installed is {top.__version__}: '
+        'uninstall it, and the right one is fetched'
     )
     return SimpleNamespace(**{k: v for m in (top, *modules) for k, v in vars(m).items() if not k.startswith('_')})

@@ -38,9 +38,8 @@ def fails(contains, *argv, **kwargs):
     p = command(*argv, **kwargs)
     assert p.returncode == 1, (p.returncode, p.stderr)
     assert 'Traceback' not in p.stderr
-    said = [
-        l for l in p.stderr.strip().splitlines() if not re.search(r'\d+%', l) and l.strip()
-    ]  # but for progress bars
+    lines = p.stderr.strip().splitlines()
+    said = [line for line in lines if not re.search(r'\d+%', line) and line.strip()]  # but for progress bars
     assert len(said) == 1 and said[0].startswith('error: ') and contains in said[0], p.stderr
     assert 'fault of the program' not in said[0]
     return p

@@ -16,8 +16,9 @@ import pydicom
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
-from mri_unlearn import images as module
-from mri_unlearn.phantom.image_files import find_images, read_image
+from mri_unlearn.phantom import image_sets as module
+from mri_unlearn.phantom.image_files import find_images
+from mri_unlearn.phantom.image_pixels import read_image
 from mri_unlearn.phantom.images import image_kspace
 from mri_unlearn.phantom.image_sets import simulate_from_images
 from mri_unlearn.machinery.disk import DataError
@@ -313,7 +314,7 @@ def test_two_workers_write_the_same_bytes(bids, whole, tmp_path):
 
 def test_killed_and_started_again(bids, whole, tmp_path):
     out = tmp_path / 'killed'
-    code = 'import sys\nfrom mri_unlearn.phantom.images import simulate_from_images as s\ns(sys.argv[1], sys.argv[2], recon=32, slices=2, organ="brain", workers=1, progress=False)'
+    code = 'import sys\nfrom mri_unlearn.phantom.image_sets import simulate_from_images as s\ns(sys.argv[1], sys.argv[2], recon=32, slices=2, organ="brain", workers=1, progress=False)'
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     process, give_up = (
         subprocess.Popen([sys.executable, '-c', code, str(bids), str(out)], env=env, stderr=subprocess.PIPE, text=True),
@@ -398,9 +399,7 @@ def test_missing_packages_are_named_and_arrays_need_none(tmp_path, monkeypatch):
 
 
 def test_the_module_imports_neither_package():
-    code = (
-        'import sys; import mri_unlearn.phantom.images; print([m for m in ("nibabel", "pydicom") if m in sys.modules])'
-    )
+    code = 'import sys; import mri_unlearn.phantom.image_sets; print([m for m in ("nibabel", "pydicom") if m in sys.modules])'
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     assert (
         subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout.strip()

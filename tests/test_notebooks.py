@@ -2,10 +2,10 @@
 
 import ast
 import filecmp
+import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -24,6 +24,7 @@ FLOORS = [
     {'show'},
     {'experiment'},
     {'audit'},
+    {'command'},
     {'cli'},
     {'all'},
 ]
@@ -153,6 +154,7 @@ def wrong_cells(nb):
     return [f'{len(lines)} lines: {lines[1]}' for lines in cells if len(lines) > LONGEST]
 
 
+WIDGET = 'application/vnd.jupyter.widget-view+json'
 FORBIDDEN = {
     'a path of some machine': r'(?<![\w.<:/])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+\w',
     'the address of an object': r'\b0x[0-9a-f]{6,}',
@@ -169,11 +171,10 @@ def wrong_outputs(nb):
         for out in cell.get('outputs', []):
             if out.get('name') == 'stderr' or out.output_type == 'error':
                 found.append(f'cell {i}: {out.get("name", "an error")}')
-            text = ''.join(
-                str(v)
-                for k, v in {**out.get('data', {}), 'text': out.get('text', '')}.items()
-                if not k.startswith('image/')
-            )
+            if WIDGET in out.get('data', {}) and not nb.metadata.get('widgets'):
+                found.append(f'cell {i}: a widget without its state: whoever reads the notebook sees nothing')
+            shown = {**out.get('data', {}), 'text': out.get('text', '')}
+            text = ''.join(str(v) for k, v in shown.items() if not k.startswith('image/'))
             found += [
                 f'cell {i}: {what}: {m[0]}' for what, pattern in FORBIDDEN.items() for m in re.finditer(pattern, text)
             ][:1]
@@ -207,7 +208,9 @@ def test_outputs_and_size(path):
 
 
 def test_the_checks_notice_what_is_wrong():
-    out = lambda text, name='stdout': new_output('stream', name=name, text=text)
+    def out(text, name='stdout'):
+        return new_output('stream', name=name, text=text)
+
     bad = new_notebook(
         cells=[
             new_markdown_cell('## No title'),
@@ -234,18 +237,78 @@ def test_the_checks_notice_what_is_wrong():
     for text in texts:
         assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out(text)])])), text
     assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out('fine', 'stderr')])]))
-    assert (
-        wrong_outputs(
-            new_notebook(
-                cells=[
-                    new_code_cell(
-                        'x',
-                        outputs=[
-                            out('PSNR 31.2 dB, 0x4 grid, runs/a/b/c, see https://example.org/a/b, </td></tr>, 1/f/2')
-                        ],
-                    )
-                ]
-            )
-        )
-        == []
+    widget = new_output('display_data', data={WIDGET: {'model_id': 'a'}, 'text/plain': 'Box()'})
+    assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[widget])]))
+    fine = 'PSNR 31.2 dB, 0x4 grid, runs/a/b/c, see https://example.org/a/b, </td></tr>, 1/f/2'
+    assert wrong_outputs(new_notebook(cells=[new_code_cell('x', outputs=[out(fine)])])) == []
+
+
+def public_names(path):
+    "Names that a chapter exports, functions, classes and constants"
+    for source in code_cells(read(path), exported=True):
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                yield node.name
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+
+
+def test_no_public_name_has_two_meanings():
+    "`from mri_unlearn.all import *` brings each name once; the commands, which are not part of it, may repeat one"
+    where = {}
+    for path in CHAPTERS:
+        if FLOOR[path.stem[3:].split('.')[0]] < FLOOR['command']:
+            for name in set(public_names(path)):
+                where.setdefault(name, []).append(path.stem)
+    assert {n: p for n, p in where.items() if len(p) > 1 and not n.startswith('_')} == {}
+
+
+def comparer():
+    "`.ci/nbdev_test.py`, which compares what a notebook prints with what it keeps"
+    spec = importlib.util.spec_from_file_location('nbdev_test_and_compare', ROOT / '.ci' / 'nbdev_test.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_printed_and_kept_are_compared():
+    difference = comparer().difference
+    same = [
+        ('took 3.1 s in /a/b/run', 'took 12 s in /tmp/c/d'),
+        ('psnr 30.12 dB', 'psnr 30.13 dB'),
+        ('a  b\n\nc', 'a b\nc'),
+        ('torch 2.6.0', 'torch 2.13.0'),
+        ('gap −0.12', 'gap −0.13'),
+    ]
+    other = [
+        ('psnr 30.12', 'psnr 35.1'),
+        ('8 of 8', '7 of 8'),
+        ('a\nb', 'a'),
+        ('a', 'a\nb'),
+        ('gap −0.30', 'gap +0.30'),
+        ('x', 'y'),
+    ]
+    for a, b in same:
+        assert difference(a, b) == '', (a, b)
+    for a, b in other:
+        assert difference(a, b), (a, b)
+    assert 'planted' in difference('network  psnr', 'network  psnr  planted')
+
+
+def test_a_notebook_that_prints_something_else_fails(tmp_path):
+    nb = new_notebook(
+        cells=[new_code_cell('print("three methods")', outputs=[new_output('stream', text='two methods\n')])]
     )
+    nb.metadata['kernelspec'] = {'name': 'python3', 'language': 'python', 'display_name': 'python3'}
+    (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
+    (tmp_path / 'nbs').mkdir()
+    script, path = ROOT / '.ci' / 'nbdev_test.py', tmp_path / 'nbs' / 'a.ipynb'
+    run = [sys.executable, script, '--path', path]
+    nbformat.write(nb, path)
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "'two methods' → 'three methods'" in done.stderr, done.stderr
+    nb.cells[0].outputs[0].text = 'three methods\n'
+    nbformat.write(nb, path)
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

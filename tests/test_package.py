@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 pytestmark = pytest.mark.wheel
-COMMANDS = ('simulate', 'index', 'train', 'unlearn', 'evaluate', 'reconstruct', 'protocol', 'report')
+COMMANDS = 'simulate index train methods unlearn evaluate reconstruct protocol tune report'.split()
 
 
 def run(*args, cwd, timeout=900):
@@ -50,7 +51,8 @@ def test_every_module_imports_without_the_developers_tools(other, tmp_path):
 import importlib, importlib.util, json, pkgutil, mri_unlearn
 names = [m.name for m in pkgutil.walk_packages(mri_unlearn.__path__, 'mri_unlearn.')]
 for name in names: importlib.import_module(name)
-print(json.dumps([mri_unlearn.__file__, names, [t for t in ('nbdev', 'pytest', 'nbconvert') if importlib.util.find_spec(t)]]))"""
+tools = [t for t in ('nbdev', 'pytest', 'nbconvert') if importlib.util.find_spec(t)]
+print(json.dumps([mri_unlearn.__file__, names, tools]))"""
     file, names, tools = json.loads(run(other / 'python', '-c', code, cwd=tmp_path).splitlines()[-1])
     assert str(other.parent) in file, f'imported from {file}, not from the second environment'
     assert not tools, f'{tools} are there, so this proves less than it should'
@@ -78,3 +80,21 @@ def test_command_has_help(other, tmp_path, command):
     assert 'usage' in said.lower()
     assert all(c in said for c in COMMANDS) if command is None else '--' in said
     assert not list(tmp_path.iterdir()), 'asking for help wrote files'
+
+
+def test_methods_are_found_by_the_installed_command(other, tmp_path):
+    "Nothing has been imported but what the command imports: all methods are there, the recommended one among them"
+    said = run(other / 'mri_unlearn', 'methods', cwd=tmp_path).splitlines()
+    names = [line.split()[0] for line in said]
+    assert len(names) == len(set(names)) >= 25 and {'full_ft', 'neggrad_hinge', 'ssd', 'proxy', 'retrain'} <= set(names)
+    assert [line.split()[0] for line in said if '(recommended)' in line] == ['proxy']
+
+
+def test_all_gathers_every_part():
+    from conftest import ROOT
+
+    text = (ROOT / 'mri_unlearn' / 'all.py').read_text(encoding='utf-8')
+    gathered = set(re.findall(r'^from \.([\w.]+) import \*$', text, flags=re.M))
+    files = (p.relative_to(ROOT / 'mri_unlearn').with_suffix('') for p in (ROOT / 'mri_unlearn').glob('*/*.py'))
+    modules = {'.'.join(p.parts) for p in files if p.name != '__init__' and p.parts[0] != 'command'}
+    assert gathered == modules

@@ -1,4 +1,4 @@
-"""fastMRI 0.3 gives the same: masks, transforms, networks, scores and losses, to the bit where bits can agree, else to float32 rounding.
+"""fastMRI 0.3 gives the same: masks, transforms, networks, scores and losses, to the bit or to float32 rounding.
 
 fastMRI itself computes the other side. Where it crashes, the tests say so, and what happens here instead."""
 
@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from mri_unlearn import masks, metrics
+from mri_unlearn.data.header import Header
 from mri_unlearn.data.loaders import ReconDL
 from mri_unlearn.data.slices import SliceDataset, Targets, zero_filled
-from mri_unlearn.verdict.evaluate import evaluate, write_prediction
-from mri_unlearn.signal.kspace import center_crop, fft2c, ifft2c, rss
-from mri_unlearn.network.weights import load_network, save_weights
-from mri_unlearn.network.learner import to_image
-from mri_unlearn.signal.masks import apply_mask, file_seed, mask_func
-from mri_unlearn.network.unet import UNet
-from mri_unlearn.network.varnet import VarNet
-from mri_unlearn.machinery.disk import DataError
-from mri_unlearn.data.header import Header
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.data.writing import rss_target, write_volume
+from mri_unlearn.machinery.disk import DataError
+from mri_unlearn.network import metrics
+from mri_unlearn.network.learner import to_image
+from mri_unlearn.network.unet import UNet
+from mri_unlearn.network.varnet import VarNet
+from mri_unlearn.network.weights import load_network, save_weights
+from mri_unlearn.signal import masks
+from mri_unlearn.signal.kspace import center_crop, fft2c, ifft2c, rss
+from mri_unlearn.signal.masks import apply_mask, file_seed, mask_func
+from mri_unlearn.verdict.evaluate import evaluate, write_prediction
 
 pytestmark = pytest.mark.parity
 
@@ -268,7 +269,7 @@ def test_zero_filled(fastmri):
 
 
 def scan(H, W, coils, seed):
-    "Two slices of k-space of something round with a bright vessel, coils, phase and noise, as strong as fastMRI's: complex64 [2, coils, H, W]"
+    "Two slices of k-space, complex64 [2, coils, H, W]: something round with a bright vessel, as strong as fastMRI's"
     y, x = torch.meshgrid(
         torch.linspace(-2, 2, H), torch.linspace(-1.1, 1.1, W), indexing='ij'
     )  # oversampled along the rows
@@ -347,7 +348,7 @@ def their_slices(fastmri, folder, transform):
 
 
 def check_unet(case, ours, theirs):
-    "1e-5 of the standard deviation, in which the network's input is measured; float32 keeps 3e-7 of the largest value, some 10 of them"
+    "1e-5 of the standard deviation, the unit of the input; float32 keeps 3e-7 of the largest value, 10 of them"
     assert set(ours) == set(theirs) and len(ours), case
     for key, sample in theirs.items():
         (x,), y = ours[key]
@@ -383,7 +384,7 @@ def test_unet_transform(fastmri, folders, kind):
 
 
 def test_unet_transform_of_a_test_file(fastmri, folders):
-    "A file with its own mask is masked already: fastMRI's test transform masks nothing, and so the mask functions here do not matter"
+    "A file with its own mask is masked already: fastMRI's test transform masks nothing, mask functions do not matter"
     for name in ('multicoil_test', 'singlecoil_test'):
         ours = our_slices(folders[name], mask_func('random', 0.08, 8))
         check_unet(name, ours, their_slices(fastmri, folders[name], fastmri.UnetDataTransform(name.split('_')[0])))
@@ -473,7 +474,7 @@ def check_grads(case, ours, theirs, share):
 
 
 def test_unet(fastmri):
-    "The same weights give the same image and gradients: 1e-5 in single, 1e-10 in double precision, which tells rounding from a difference"
+    "Same weights, same image and gradients: 1e-5 in single, 1e-10 in double precision: rounding, not a difference"
     for n_in, n_out, chans, pools, drop in ((1, 1, 8, 4, 0.0), (2, 2, 6, 2, 0.0), (2, 1, 4, 1, 0.2)):
         torch.manual_seed(chans)
         theirs = fastmri.Unet(n_in, n_out, chans, pools, drop).eval()
@@ -520,7 +521,7 @@ def varnets(fastmri, **kwargs):
 
 
 def measured(B, C, H, W, seeds, dtype=torch.complex64, R=4, fraction=0.1, padding=None):
-    "Masked k-space of images (not noise: the sensitivities are those of its middle), masks [B, 1, 1, W] and their low frequencies"
+    "Masked k-space of images (not noise: sensitivities come from its middle), masks [B, 1, 1, W], low frequencies"
     k = torch.cat([torch.tensor(scan(H, W, C, seed=s))[:1] for s in seeds[:B]]).to(dtype)
     drawn = [mask_func('equispaced', fraction, R)(W, seed=s) for s in seeds[:B]]
     mask = torch.stack([masks.clip_mask(m, padding or (0, W)) for m, _ in drawn])[:, None, None]
@@ -589,7 +590,7 @@ def test_batches_with_numbers_on_which_fastmri_fails(fastmri):
 
 
 def lightning(prefix, model):
-    "What fastMRI's Lightning modules leave behind: weights under the module's name, the loss's window, metrics, settings, optimizer"
+    "What fastMRI's Lightning modules leave: weights under the module's name, window, metrics, settings, optimizer"
     weights = {f'{prefix}.{k}': v for k, v in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
@@ -625,7 +626,7 @@ def lightning(prefix, model):
 
 @pytest.mark.parametrize('net', ['unet', 'varnet'])
 def test_weights_of_fastmri(fastmri, tmp_path, net):
-    "Published state_dicts and Lightning checkpoints load without executing anything, and the network that comes out is the same one"
+    "Published state_dicts and Lightning checkpoints load without executing anything; the network is the same one"
     ours, theirs = (
         varnets(fastmri, chans=3, sens_pools=1) if net == 'varnet' else (None, fastmri.Unet(1, 1, 6, 3).eval())
     )
@@ -667,7 +668,7 @@ def volumes(dtype=np.float32, shape=(4, 60, 60), unit=1e-4, seed=0):
 
 
 def test_scores(fastmri):
-    "Double precision: 1e-10 of the value. Single: 1e-5, of which fastMRI's NMSE, summed in single precision, takes most"
+    "Double precision: 1e-10 of the value. Single: 1e-5, most of it from fastMRI's NMSE, summed in single precision"
     for unit, shape in itertools.product(
         (1e-4, 1.0, 3e3), ((4, 60, 60), (1, 320, 320), (3, 7, 7), (2, 70, 41), (2, 33, 90))
     ):

@@ -46,13 +46,16 @@ def small(tmp_path, *cells):
 
 
 def test_rendering_rules(tmp_path):
-    stream = lambda text: [new_output('stream', name='stdout', text=text)]
+    def stream(text):
+        return [new_output('stream', name='stdout', text=text)]
+
     table = [new_output('execute_result', data={'text/html': '<style>x</style>', 'text/plain': 'plain text'})]
     text = render_readme.render(
         small(
             tmp_path,
             new_markdown_cell(
-                '# Name\n\n![picture](images/a.png) [chapter](00_signal.kspace.ipynb#part) [`code`](05_signal.masks.ipynb)\n'
+                '# Name\n\n![picture](images/a.png) [chapter](00_signal.kspace.ipynb#part) '
+                '[`code`](05_signal.masks.ipynb)\n'
                 '[up](../LICENSE) [out](https://example.org/x) [here](#name) `](images/no.png)`\n\n'
                 '```sh\necho "](images/no.png)"\n```'
             ),
@@ -97,7 +100,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     (code,) = [b for b in re.findall(r'^```python\n(.*?)^```', readme(), flags=re.S | re.M) if 'unlearn(' in b]
     quick = code.replace("preset='small'", "preset='tiny'").replace('fit_one_cycle(16, 2e-3)', 'fit_one_cycle(1, 2e-3)')
     assert quick.count('fit_one_cycle(1,') == 2 and "'tiny'" in quick
-    assert 15 <= len([l for l in code.splitlines() if l.strip()]) <= 25
+    assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 25
     monkeypatch.chdir(tmp_path)
     exec(compile(quick, 'README.md', 'exec'), {})
     said = capsys.readouterr().out

@@ -14,9 +14,9 @@ from .tissue import Subject
 # %% ../../nbs/15_phantom.coils.ipynb #2ab78eb4
 def smooth_phase(
     bump,  # float [n, m], a smooth random field
-    u,
-    v,  # float [n,1] and [1,m], coordinates along rows and columns, in units of 110 mm
-    coef,  # float [12] standard normal numbers that make this volume
+    u,  # float [n, 1], coordinate along the rows, in units of 110 mm
+    v,  # float [1, m], coordinate along the columns, in units of 110 mm
+    coef,  # float [12], standard normal numbers that make this volume
     bumps,  # radian per unit of `bump`
 ):  # radian [n, m]
     "Phase of the magnetisation: an offset, slopes, bows and bumps."
@@ -31,20 +31,20 @@ def smooth_phase(
 
 
 def smooth_maps(
-    sub: Subject,
+    subject: Subject,  # whose smooth noise makes the bumps
     p,  # float [3, n, m], positions in mm
-    u,
-    v,  # float [n,1] and [1,m], the same along rows and columns, in units of 110 mm
-    coef,  # float [12] standard normal numbers that make this volume
-    c: Contrast,
-    field_T,  # tesla
+    u,  # float [n, 1], the same along the rows, in units of 110 mm
+    v,  # float [1, m], the same along the columns, in units of 110 mm
+    coef,  # float [12], standard normal numbers that make this volume
+    contrast: Contrast,  # a gradient echo has more phase, fat suppression less fat
+    field_T: float,  # tesla
 ):  # phase (radian), gain of everything, gain of fat: float32 [n, m]
     "Fields that vary slowly over the body."
-    bump = sub.warp.points(p * 1.4 + 11)
-    phase = smooth_phase(bump, u, v, coef, (0.9 if c.kind == 'gre' else 0.35) * field_T / 3)
-    dome = 1 + (0.35 if c.organ == 'brain' else 0.12) * (field_T / 3) ** 2 * np.exp(-(p**2).sum(0) / 75**2)
+    bump = subject.warp.points(p * 1.4 + 11)
+    phase = smooth_phase(bump, u, v, coef, (0.9 if contrast.kind == 'gre' else 0.35) * field_T / 3)
+    dome = 1 + (0.35 if contrast.organ == 'brain' else 0.12) * (field_T / 3) ** 2 * np.exp(-(p**2).sum(0) / 75**2)
     fat = np.ones_like(bump)
-    if c.fatsat:
+    if contrast.fatsat:
         fat = 0.05 + 0.05 * np.clip(1 + 0.5 * coef[8], 0, 3) + 0.3 * np.clip(bump - 1.1, 0, 1)
     return phase.astype('float32'), dome.astype('float32'), fat.astype('float32')
 
@@ -55,8 +55,8 @@ def loop_field(
     normal,  # [3], direction of the axis, any length
     radius,  # mm
     n=48,  # straight pieces
-):
-    "Magnetic field float32 [3, ...] of a round loop that carries a unit current, without the factor mu0/4pi."
+):  # float32 [3, ...]
+    "Magnetic field of a round loop that carries a unit current (Biot and Savart), without the factor mu0/4pi."
     normal = np.asarray(normal, float) / np.linalg.norm(normal)
     u = np.cross(normal, [0, 0, 1.0] if abs(normal[2]) < 0.9 else [1.0, 0, 0])
     u /= np.linalg.norm(u)
@@ -73,7 +73,7 @@ def loop_field(
 
 # %% ../../nbs/15_phantom.coils.ipynb #c625287b
 def coil_loops(
-    organ,  # 'brain' or 'knee'
+    organ,  # 'brain', or another with the smaller array of a knee
     n,  # coils
     rng,  # numpy Generator
 ) -> list:  # of (centre [3] mm, normal [3], radius mm)
@@ -96,4 +96,4 @@ def coil_maps(
     p,  # float [3, ...], mm
 ):  # complex64 [coils, ...]
     "What each loop hears of magnetisation that turns about z."
-    return np.stack([b[0] - 1j * b[1] for b in (loop_field(p, *l) for l in loops)]).astype('complex64')
+    return np.stack([b[0] - 1j * b[1] for b in (loop_field(p, *loop) for loop in loops)]).astype('complex64')

@@ -36,8 +36,8 @@ SITES = dict(
 class Contrast:
     "A protocol: what is excited when, and where the slices lie."
 
-    organ: str  # 'brain' or 'knee'
-    plane: str  # key of `anatomy.PLANES`
+    organ: str  # 'brain', 'knee' or 'thigh'
+    plane: str  # key of `tissue.PLANES`
     kind: str  # 'tse' (turbo spin echo), 'ir' (inversion recovery before it) or 'gre' (spoiled gradient echo)
     tr: tuple  # repetition time, ms, range that volumes are drawn from
     te: tuple  # echo time, ms
@@ -53,26 +53,29 @@ class Contrast:
 
 # %% ../../nbs/14_phantom.contrast.ipynb #90c06153
 _knee = dict(fov=150.0, thickness=3.0, gap=0.6, centre=-4.0, lines=1.15)
+_thigh = dict(fov=190.0, thickness=5.0)
 CONTRASTS = dict(
     AXT1=Contrast('brain', 'axial', 'gre', (230.0, 300.0), (2.5, 4.0), flip=70.0, snr=30.0),
     AXT2=Contrast('brain', 'axial', 'tse', (4000.0, 6000.0), (92.0, 112.0), snr=34.0),
     AXFLAIR=Contrast('brain', 'axial', 'ir', (8500.0, 9500.0), (85.0, 110.0), ti=(2400.0, 2520.0), snr=24.0),
     CORPD_FBK=Contrast('knee', 'coronal', 'tse', (2000.0, 3000.0), (27.0, 34.0), snr=28.0, **_knee),
     CORPDFS_FBK=Contrast('knee', 'coronal', 'tse', (2200.0, 3300.0), (30.0, 38.0), snr=15.0, fatsat=True, **_knee),
+    LEGT1=Contrast('thigh', 'axial', 'tse', (550.0, 750.0), (10.0, 16.0), snr=30.0, **_thigh),
+    LEGPD=Contrast('thigh', 'axial', 'tse', (2000.0, 3000.0), (27.0, 34.0), snr=26.0, **_thigh),
 )
 
 # %% ../../nbs/14_phantom.contrast.ipynb #5888ff23
 def signal(
-    pd,  # proton density, water = 1
-    t1,  # ms
-    t2,  # ms
-    kind,  # 'tse', 'ir' or 'gre'
-    tr,  # ms
-    te,  # ms
-    ti=0.0,  # ms, used by 'ir'
-    flip=90.0,  # degrees, used by 'gre'
-):
-    "Magnitude of the signal of a tissue. Raises ValueError for another `kind`."
+    pd: float,  # proton density, water = 1
+    t1: float,  # ms
+    t2: float,  # ms
+    kind: str,  # 'tse', 'ir' or 'gre'
+    tr: float,  # ms, repetition time
+    te: float,  # ms, echo time
+    ti: float = 0.0,  # ms, inversion time, used by 'ir'
+    flip: float = 90.0,  # degrees, flip angle, used by 'gre'
+) -> float:  # in units of the proton density of water
+    "Magnitude of the signal of a tissue; raises ValueError for another `kind`"
     e1 = np.exp(-tr / t1)
     if kind == 'tse':
         m = 1 - e1
@@ -87,12 +90,10 @@ def signal(
 
 # %% ../../nbs/14_phantom.contrast.ipynb #5fc73a64
 def tissue_signals(
-    field_T,  # tesla
+    field_T: float,  # tesla
     **seq,  # kind, tr, te, ti, flip, as for `signal`
-) -> (
-    dict
-):  # tissue -> (water signal, fat signal, float32 [3] relative change of water per unit texture, the same for fat)
-    "What every tissue contributes to an image."
+) -> dict:  # tissue -> (water, fat, float32 [3] relative change of water per unit of texture, the same for fat)
+    "What every tissue contributes to an image"
     out, e = {}, 1e-3
     for name, t in TISSUES.items():
         t1 = t1_at(t, field_T)
@@ -103,10 +104,6 @@ def tissue_signals(
         s0 = water()
         slope = [(water(*[1 + e * (i == j) for j in range(3)]) - s0) / (e * s0) if s0 > 1e-6 else 0.0 for i in range(3)]
         fat = signal(t.pd * t.fat, FAT_T1 * (field_T / 1.5) ** 0.25, FAT_T2, **seq)
-        out[name] = (
-            np.float32(s0),
-            np.float32(fat),
-            np.clip(slope, -4, 4).astype('float32') * np.float32(t.texture),
-            np.float32(t.texture),
-        )
+        texture = np.float32(t.texture)
+        out[name] = np.float32(s0), np.float32(fat), np.clip(slope, -4, 4).astype('float32') * texture, texture
     return out

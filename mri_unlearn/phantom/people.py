@@ -8,16 +8,16 @@ __all__ = ['subject']
 # %% ../../nbs/13_phantom.people.ipynb #60a59d8d
 import numpy as np
 
-from .brain import brain_fields, brain_paint, brain_person
-from .knee import knee_fields, knee_paint, knee_person
+from .brain import brain_fields, brain_paint, brain_traits
+from .knee import knee_fields, knee_paint, knee_traits
 from .tissue import Subject
 
 # %% ../../nbs/13_phantom.people.ipynb #6eb91a45
-_ORGANS = dict(brain=(1, brain_person, brain_fields, brain_paint), knee=(2, knee_person, knee_fields, knee_paint))
+_ORGANS = dict(brain=(1, brain_traits, brain_fields, brain_paint), knee=(2, knee_traits, knee_fields, knee_paint))
 
 
 def subject(
-    organ,  # 'brain' or 'knee'
+    organ: str,  # 'brain' or 'knee'
     seed,  # int or sequence of ints, not negative: all that is random about this person
 ) -> Subject:
     "A person whose brain or knee can be cut. The same seed gives the same person. Raises ValueError for another organ."

@@ -14,37 +14,48 @@ from scipy import fft as sfft
 
 from .coils import coil_loops, coil_maps, smooth_maps
 from .contrast import CONTRASTS, Contrast, SITES, Site, tissue_signals
-from .tissue import PLANES, Subject, interpolator
+from .tissue import Subject, plane_points
+from .noise import interpolator
 
 # %% ../../nbs/16_phantom.scanner.ipynb #3475d7ed
+def _mixed(cut, signals):
+    "Water and fat of one plane, float32 [n]: signals are mixed, never relaxation times"
+    water = fat = np.float32(0)
+    a, b, c = cut.texture
+    for tissue, share in cut.fractions.items():
+        s, g, slope, size = signals[tissue]
+        if s > 0:
+            water = water + share * (s * np.maximum(1 + slope[0] * a + slope[1] * b + slope[2] * c, np.float32(0.05)))
+        if g > 0:
+            fat = fat + share * (g * np.maximum(1 + size * a, np.float32(0.05)))
+    return water, fat
+
+
 def slice_signal(
-    sub: Subject,
+    subject: Subject,  # who is scanned
     signals: dict,  # from `tissue_signals`
     rows,  # mm, coordinates of the fine grid along the readout
     cols,  # mm, along the phase encoding
-    at,  # mm, middle of the slice
-    thickness,  # mm
-    plane,  # key of `PLANES`
-    cuts=3,  # planes to average
+    at: float,  # mm, middle of the slice
+    thickness: float,  # mm
+    plane: str,  # key of `PLANES`
+    cuts: int = 3,  # planes to average
 ):  # water, fat: float32 [len(rows), len(cols)]
-    "Signal of a slice before phase, coils and noise."
+    "Signal of a slice before phase, coils and noise"
     water = fat = 0
     for d in (np.arange(cuts) + 0.5) / cuts - 0.5:
-        cut = sub.cut(rows, cols, at + d * thickness, plane)
-        w = f = np.float32(0)
-        a, b, c = cut.texture
-        for k, v in cut.fractions.items():
-            s, g, slope, size = signals[k]
-            if s > 0:
-                w = w + v * (s * np.maximum(1 + slope[0] * a + slope[1] * b + slope[2] * c, np.float32(0.05)))
-            if g > 0:
-                f = f + v * (g * np.maximum(1 + size * a, np.float32(0.05)))
+        cut = subject.cut(rows, cols, at + d * thickness, plane)
+        w, f = _mixed(cut, signals)
         water, fat = water + cut.image(w), fat + cut.image(f)
     return water / np.float32(cuts), fat / np.float32(cuts)
 
 
-def chemical_shift_mm(field_T, fov, bandwidth=75e3):
-    "How far fat is misplaced along the readout: 3.5 ppm of the proton frequency over the bandwidth (Hz) of the field of view"
+def chemical_shift_mm(
+    field_T: float,  # tesla
+    fov: float,  # mm, field of view along the readout
+    bandwidth: float = 75e3,  # Hz, of the field of view
+) -> float:  # mm
+    "How far fat is misplaced along the readout: 3.5 ppm of the proton frequency, over the bandwidth"
     return 3.5e-6 * 42.577e6 * field_T / bandwidth * fov
 
 # %% ../../nbs/16_phantom.scanner.ipynb #68cc28c7
@@ -67,8 +78,12 @@ def to_kspace(
     return (k * np.float32((H * W) ** 0.5 / (N * m))).astype('complex64')
 
 # %% ../../nbs/16_phantom.scanner.ipynb #f88597e6
-def noise_mixing(n, rng, coupling=0.25):
-    "Complex [n, n] matrix A: coil noise A @ white has covariance A A^H; each coil shares part of its neighbours' noise"
+def noise_mixing(
+    n: int,  # coils
+    rng,  # numpy Generator
+    coupling: float = 0.25,  # how much of the next coil's noise a coil hears
+):  # complex [n, n]: the matrix A
+    "How coils share noise: the noise A @ white has the covariance A A^H"
     A = np.eye(n) + 0.08 * (rng.normal(size=(n, n)) + 1j * rng.normal(size=(n, n)))
     for i in range(n):
         A[i, (i + 1) % n] += coupling
@@ -76,12 +91,12 @@ def noise_mixing(n, rng, coupling=0.25):
 
 
 def coil_noise(
-    A,  # complex [n, n]
+    A,  # complex [n, n], from `noise_mixing`
     shape,  # (n, H, W)
     sigma,  # standard deviation of the complex noise in each coil
     rng,  # numpy Generator
-):
-    "Complex64 noise with covariance sigma^2 A A^H"
+):  # complex64 [n, H, W]
+    "Noise with the covariance sigma^2 A A^H"
     white = rng.standard_normal((*shape, 2), dtype='float32').view('complex64')[..., 0]
     out = np.zeros(shape, 'complex64')
     for i in range(len(A)):  # a loop and not a matrix product: the order of the sums is then the same on every machine
@@ -109,199 +124,216 @@ class Acquisition:
     kspace: np.ndarray  # complex64 [slices, coils, H, W], H readout (oversampled), W phase encoding
     recon: tuple  # rows, columns of the image
     fov_mm: tuple  # (encoded x, y, z), (reconstructed x, y, z)
-    tr_ms: float
-    te_ms: float
-    ti_ms: float
-    flip_deg: float
+    tr_ms: float  # repetition time
+    te_ms: float  # echo time
+    ti_ms: float  # inversion time, 0 where there is none
+    flip_deg: float  # flip angle
     sequence_type: str  # as fastMRI's headers name it: 'TurboSpinEcho' or 'Flash'
-    field_T: float
+    field_T: float  # main magnetic field
     enc_center: int  # padding_left = W//2 - enc_center
     enc_maximum: int  # padding_right = padding_left + enc_maximum + 1
-    site: Site
+    site: Site  # where it was scanned
     acquisition: str  # key of `CONTRASTS`
-    extras: dict = field(
-        default_factory=dict
-    )  # with extras=True: 'object' [slices,H,W], 'maps' [slices,coils,H,W], noiseless, complex64
+    # with extras=True: 'object' [slices, H, W] and 'maps' [slices, coils, H, W], noiseless, complex64
+    extras: dict = field(default_factory=dict)
 
 # %% ../../nbs/16_phantom.scanner.ipynb #3ac47083
 def draw_protocol(
-    c: Contrast,
-    site: Site,
-    coils,  # receive channels
-    W,  # phase-encoding lines
+    contrast: Contrast,  # gives the ranges
+    site: Site,  # its noise
+    coils: int,  # receive channels
+    W: int,  # phase-encoding lines
     rng,  # numpy Generator
-) -> dict:
-    "The random numbers of one volume."
-    tr, te, ti = (rng.uniform(*r) for r in (c.tr, c.te, c.ti))
+) -> dict:  # seq, measured lines, coef, loops, receiver, mixing, snr, offset (mm), peak, decay
+    "The random numbers of one volume"
+    tr, te, ti = (rng.uniform(*r) for r in (contrast.tr, contrast.te, contrast.ti))
     measured = W if rng.uniform() < 0.5 else 2 * round(W * rng.uniform(0.82, 0.95) / 2)
     return dict(
-        seq=dict(kind=c.kind, tr=tr, te=te, ti=ti, flip=c.flip),
+        seq=dict(kind=contrast.kind, tr=tr, te=te, ti=ti, flip=contrast.flip),
         measured=measured,
         coef=rng.standard_normal(12),
-        loops=coil_loops(c.organ, coils, rng),
+        loops=coil_loops(contrast.organ, coils, rng),
         receiver=np.exp(2j * np.pi * rng.uniform(size=coils)).astype('complex64'),
         mixing=noise_mixing(coils, rng),
-        snr=c.snr / site.noise * 10 ** rng.uniform(-0.12, 0.12),
+        snr=contrast.snr / site.noise * 10 ** rng.uniform(-0.12, 0.12),
         offset=rng.uniform(-2, 2),
         peak=rng.uniform(3e-4, 8e-4),
-        decay=rng.uniform(0.1, 0.45) if c.kind != 'gre' else 0.0,
+        decay=rng.uniform(0.1, 0.45) if contrast.kind != 'gre' else 0.0,
     )
 
 
 def fine_grid(
-    c: Contrast,
-    h,
-    w,  # rows, columns of the image
-    W,  # phase-encoding lines
+    contrast: Contrast,  # its field of view
+    h: int,  # rows of the image
+    w: int,  # columns of the image
+    W: int,  # phase-encoding lines
 ):  # rows [n], cols [m] in mm
     "A grid at least twice as fine as the image, with at least 256 points across it."
     n = 2 * sfft.next_fast_len(-(-max(256, 2 * h) // 2))
     m = 2 * sfft.next_fast_len(-(-max(256 * W // w, 2 * W) // 2))
-    return (np.arange(n) - n // 2) * c.fov / n, (np.arange(m) - m // 2) * (c.fov / h * W) / m
+    return (np.arange(n) - n // 2) * contrast.fov / n, (np.arange(m) - m // 2) * (contrast.fov / h * W) / m
 
 # %% ../../nbs/16_phantom.scanner.ipynb #05e46bea
 def coarse_grid(
-    rows,
-    cols,  # mm, the fine grid, centred on 0
-    at,  # mm, middle of the slice
-    plane,  # key of `PLANES`
-    n=30,  # points a side
-):  # positions float [3, n, n] in mm, mm along rows [n,1] and columns [1,n], a function that interpolates [n, n] to the fine grid
-    "Few points that cover a slice, for fields that vary slowly; rows run downwards, a sagittal face looks left."
-    ir, ic, ia = PLANES[plane]
+    rows,  # mm, [n], the fine grid, centred on 0
+    cols,  # mm, [m]
+    at: float,  # mm, middle of the slice
+    plane: str,  # key of `PLANES`
+    n: int = 30,  # points a side
+):  # positions [3, n, n], coordinates along rows [n, 1] and columns [1, n], all mm; and a function [n, n] -> fine grid
+    "Few points that cover a slice, for fields that vary slowly; rows run downwards, a sagittal face looks left"
     sign = -1 if plane == 'sagittal' else 1
     y, x = [np.linspace(1.12 * v[0], -1.12 * v[0], n) for v in (rows, cols)]
-    p = [None] * 3
-    p[ir], p[ic], p[ia] = -y[:, None], sign * x[None], np.full((1, 1), at)
     R, C = [interpolator((v - q[0]) / (q[1] - q[0]), n) for v, q in ((rows, y), (cols, x))]
-    return np.stack(np.broadcast_arrays(*p)), y[:, None], x[None], lambda a: (C @ (R @ a).T).T
+
+    def fine(a):
+        return (C @ (R @ a).T).T
+
+    return plane_points(-y, sign * x, at, plane), y[:, None], x[None], fine
 
 # %% ../../nbs/16_phantom.scanner.ipynb #bdf4fea7
 def coil_images(
-    sub: Subject,
-    c: Contrast,
-    site: Site,
-    d: dict,  # from `draw_protocol`
+    subject: Subject,  # who is scanned
+    contrast: Contrast,  # how
+    site: Site,  # where
+    drawn: dict,  # from `draw_protocol`
     rows,  # mm, fine grid along the readout, from `fine_grid`
     cols,  # mm, along the phase encoding
-    at,  # mm, middle of the slice
-    cuts,  # planes averaged through the slice
-    plane,  # key of `PLANES`
+    at: float,  # mm, middle of the slice
+    cuts: int,  # planes averaged through the slice
+    plane: str,  # key of `PLANES`
     signals: dict,  # from `tissue_signals`
 ):  # complex64 [coils, n, m]
-    "What the coils hear of one slice, before k-space."
+    "What the coils hear of one slice, before k-space"
     p, y, x, up = coarse_grid(rows, cols, at, plane)
-    phase, dome, fatgain = smooth_maps(sub, p, y / 110, x / 110, d['coef'], c, site.field_T)
-    maps = coil_maps(d['loops'], p) * d['receiver'][:, None, None]
-    water, fat = slice_signal(sub, signals, -rows, -cols if plane == 'sagittal' else cols, at, c.thickness, plane, cuts)
-    step = chemical_shift_mm(site.field_T, c.fov) / (rows[1] - rows[0])
+    phase, dome, fat_gain = smooth_maps(subject, p, y / 110, x / 110, drawn['coef'], contrast, site.field_T)
+    maps = coil_maps(drawn['loops'], p) * drawn['receiver'][:, None, None]
+    across = -cols if plane == 'sagittal' else cols
+    water, fat = slice_signal(subject, signals, -rows, across, at, contrast.thickness, plane, cuts)
+    step = chemical_shift_mm(site.field_T, contrast.fov) / (rows[1] - rows[0])
     fat = interpolator(np.arange(len(rows)) - step, len(rows)) @ fat
-    obj = up(dome) * (water + up(fatgain) * fat) * np.exp(1j * up(phase))
-    return np.stack([up(m) for m in maps]).astype('complex64') * obj.astype('complex64')
+    seen = up(dome) * (water + up(fat_gain) * fat) * np.exp(1j * up(phase))
+    return np.stack([up(m) for m in maps]).astype('complex64') * seen.astype('complex64')
 
 # %% ../../nbs/16_phantom.scanner.ipynb #de28aed2
-def _protocol(sub, acquisition, site):
-    "Contrast and site, checked"
-    if acquisition not in CONTRASTS:
-        raise ValueError(f'unknown acquisition {acquisition!r}; known: {", ".join(CONTRASTS)}')
-    if isinstance(site, str) and site not in SITES:
-        raise ValueError(f'unknown site {site!r}; known: {", ".join(SITES)}')
-    c = CONTRASTS[acquisition]
-    if c.organ != sub.organ:
-        raise ValueError(f'{acquisition} scans a {c.organ}, this subject is a {sub.organ}')
-    return c, SITES[site] if isinstance(site, str) else site
-
-
 def _images(k, axes=(-2, -1)):
+    "Centred orthonormal inverse Fourier transform"
     return sfft.fftshift(sfft.ifft2(sfft.ifftshift(k, axes), norm='ortho'), axes)
 
 
 def signal_scale(
     clean,  # complex [slices, coils, H, W], noiseless k-space
-    peak,  # of the image; fastMRI's are some 3e-4 to 8e-4
-    snr,  # mean signal of the body / standard deviation of the noise of a coil
+    peak: float,  # of the image; fastMRI's are some 3e-4 to 8e-4
+    snr: float,  # mean signal of the body / standard deviation of the noise of a coil
 ):  # gain, sigma
-    "Factor that brings noiseless k-space to fastMRI's size of numbers, and the standard deviation of the noise that goes with it."
-    x = np.stack(
-        [np.sqrt((np.abs(_images(k)) ** 2).sum(0)) for k in clean]
-    )  # slice by slice: a large volume must not be held twice
+    "Factor that gives noiseless k-space the size of fastMRI's numbers, and the standard deviation of its noise"
+    # slice by slice: a large volume must not be held twice
+    x = np.stack([np.sqrt((np.abs(_images(k)) ** 2).sum(0)) for k in clean])
     top = np.percentile(x, 99.7)
     gain = np.float32(peak / top)
     return gain, float(x[x > 0.15 * top].mean() * gain / snr)
 
-
-def _extras(clean, d, c, plane, where, H, W, h, oversample):
+# %% ../../nbs/16_phantom.scanner.ipynb #deeac37c
+def _extras(clean, drawn, contrast, plane, where, h, oversample):
     "Coil maps on the full k-space grid, and the complex object that agrees best with the noiseless coil images"
-    ir, ic, ia = PLANES[plane]
+    H, W = clean.shape[-2:]
+    y = -(np.arange(H) - H // 2) * contrast.fov * oversample / H
+    x = (np.arange(W) - W // 2) * contrast.fov / h
     maps = []
-    y, x = -(np.arange(H) - H // 2) * c.fov * oversample / H, (np.arange(W) - W // 2) * c.fov / h
     for at in where:
-        p = [None] * 3
-        p[ir], p[ic], p[ia] = y[:, None], (-x if plane == 'sagittal' else x)[None], np.full((1, 1), at)
-        maps.append(coil_maps(d['loops'], np.stack(np.broadcast_arrays(*p))) * d['receiver'][:, None, None])
+        p = plane_points(y, -x if plane == 'sagittal' else x, at, plane)
+        maps.append(coil_maps(drawn['loops'], p) * drawn['receiver'][:, None, None])
     maps = np.stack(maps)
     maps /= np.abs(maps[..., H // 2 - h // 2 : H // 2 + h // 2, :]).max()
-    x = _images(clean)
-    power = (np.abs(maps) ** 2).sum(1)
-    return dict(object=((maps.conj() * x).sum(1) / power).astype('complex64'), maps=maps)
+    images, power = _images(clean), (np.abs(maps) ** 2).sum(1)
+    return dict(object=((maps.conj() * images).sum(1) / power).astype('complex64'), maps=maps)
 
 # %% ../../nbs/16_phantom.scanner.ipynb #5d7efefa
+def _protocol(subject, acquisition, site):
+    "Contrast and site, checked"
+    if acquisition not in CONTRASTS:
+        raise ValueError(f'unknown acquisition {acquisition!r}; known: {", ".join(CONTRASTS)}')
+    if isinstance(site, str) and site not in SITES:
+        raise ValueError(f'unknown site {site!r}; known: {", ".join(SITES)}')
+    contrast = CONTRASTS[acquisition]
+    if contrast.organ != subject.organ:
+        raise ValueError(f'{acquisition} scans a {contrast.organ}, this subject is a {subject.organ}')
+    return contrast, SITES[site] if isinstance(site, str) else site
+
+
+def _scan(subject, contrast, site, drawn, plane, where, recon, shape, oversample):
+    "Noiseless k-space complex64 of `shape` [slices, coils, H, W], slice by slice"
+    slices, coils, H, W = shape
+    rows, cols = fine_grid(contrast, *recon, W)
+    signals, cuts = tissue_signals(site.field_T, **drawn['seq']), 2 if max(recon) < 160 else 3
+    k = np.empty(shape, 'complex64')
+    for i, at in enumerate(where):
+        heard = coil_images(subject, contrast, site, drawn, rows, cols, at, cuts, plane, signals)
+        k[i] = to_kspace(heard, H, W, oversample)
+    k *= np.exp(-drawn['decay'] * np.abs(np.arange(W) - W // 2) / (W / 2)).astype('float32')
+    return k
+
+
+def _fields_of_view(contrast, recon, W, oversample):
+    "(x, y, z) of what is encoded and of the image, mm"
+    fov, (h, w), thick = contrast.fov, recon, contrast.thickness
+    return (fov * oversample, fov / h * W, thick), (fov, fov / h * w, thick)
+
+
+def _facts(contrast, site, seq):
+    "What the header will say of sequence and scanner"
+    kind = 'Flash' if contrast.kind == 'gre' else 'TurboSpinEcho'
+    times = {f'{name}_ms': seq[name] for name in ('tr', 'te', 'ti')}
+    return dict(flip_deg=contrast.flip, sequence_type=kind, field_T=site.field_T, site=site, **times)
+
+
+def _measure(k, drawn, sigma, rng):
+    "Add noise and leave out what was not measured, in place; returns the header's center and maximum"
+    for i in range(len(k)):
+        k[i] += coil_noise(drawn['mixing'], k[i].shape, sigma, rng)
+    center, maximum, left, right = encoding_limits(k.shape[-1], drawn['measured'])
+    k[..., :left] = 0
+    k[..., right:] = 0
+    return center, maximum
+
+# %% ../../nbs/16_phantom.scanner.ipynb #3417a08f
 def acquire(
-    subject: Subject,  # from `anatomy.subject`
-    acquisition,  # key of `CONTRASTS`
+    subject: Subject,  # from `people.subject`
+    acquisition: str,  # key of `CONTRASTS`
     site,  # key of `SITES`, or a `Site`
     *,
     recon=(96, 96),  # rows, columns of the image
-    phase_lines=None,  # W; default: the contrast's lines per column
-    slices=8,
+    phase_lines: int = None,  # W; None: the contrast's lines per column
+    slices: int = 8,  # of the volume
     seed=0,  # int or sequence of ints: all that is random about this scan
-    coils=None,  # default: the site's
-    oversample=2,  # of the readout
-    extras=False,  # also return the noiseless object and the coil maps
-    plane=None,  # default: the contrast's
-) -> Acquisition:
-    "Scan a person. The same arguments give the same bytes. Raises ValueError for an unknown contrast or site, or the wrong organ."
-    c, site = _protocol(subject, acquisition, site)
-    h, w = recon
-    H, W = h * oversample, phase_lines or 2 * round(w * c.lines / 2)
-    coils, plane = coils or site.coils, plane or c.plane
+    coils: int = None,  # None: as many as the site has
+    oversample: int = 2,  # of the readout
+    extras: bool = False,  # also return the noiseless object and the coil maps
+    plane: str = None,  # key of `PLANES`; None: the contrast's
+) -> Acquisition:  # of k-space [slices, coils, H, W]
+    """Scan a person. The same arguments give the same bytes.
+
+    Raises ValueError for an unknown contrast or site, or the wrong organ."""
+    contrast, site = _protocol(subject, acquisition, site)
+    (h, w), coils, plane = recon, coils or site.coils, plane or contrast.plane
+    H, W = h * oversample, phase_lines or 2 * round(w * contrast.lines / 2)
     entropy = [*acquisition.encode(), *np.atleast_1d(np.asarray(seed, np.int64)).tolist()]
     rng, noise_rng = [np.random.default_rng(s) for s in np.random.SeedSequence(entropy).spawn(2)]
-    d = draw_protocol(c, site, coils, W, rng)
-    rows, cols = fine_grid(c, h, w, W)
-    signals = tissue_signals(site.field_T, **d['seq'])
-    where = c.centre * (plane == c.plane) + d['offset'] + (np.arange(slices) - (slices - 1) / 2) * (c.thickness + c.gap)
-    k = np.empty((slices, coils, H, W), 'complex64')
-    for i, at in enumerate(where):
-        k[i] = to_kspace(
-            coil_images(subject, c, site, d, rows, cols, at, 2 if max(recon) < 160 else 3, plane, signals),
-            H,
-            W,
-            oversample,
-        )
-    k *= np.exp(-d['decay'] * np.abs(np.arange(W) - W // 2) / (W / 2)).astype('float32')
-    gain, sigma = signal_scale(k, d['peak'], d['snr'])
+    drawn = draw_protocol(contrast, site, coils, W, rng)
+    steps = (np.arange(slices) - (slices - 1) / 2) * (contrast.thickness + contrast.gap)
+    where = contrast.centre * (plane == contrast.plane) + drawn['offset'] + steps
+    k = _scan(subject, contrast, site, drawn, plane, where, recon, (slices, coils, H, W), oversample)
+    gain, sigma = signal_scale(k, drawn['peak'], drawn['snr'])
     k *= gain
-    more = _extras(k, d, c, plane, where, H, W, h, oversample) if extras else {}
-    for i in range(slices):
-        k[i] += coil_noise(d['mixing'], k[i].shape, sigma, noise_rng)
-    center, maximum, left, right = encoding_limits(W, d['measured'])
-    k[..., :left] = 0
-    k[..., right:] = 0
-    fov = (c.fov * oversample, c.fov / h * W, c.thickness), (c.fov, c.fov / h * w, c.thickness)
+    more = _extras(k, drawn, contrast, plane, where, h, oversample) if extras else {}
+    center, maximum = _measure(k, drawn, sigma, noise_rng)
     return Acquisition(
-        k,
-        (h, w),
-        fov,
-        d['seq']['tr'],
-        d['seq']['te'],
-        d['seq']['ti'],
-        c.flip,
-        'Flash' if c.kind == 'gre' else 'TurboSpinEcho',
-        site.field_T,
-        center,
-        maximum,
-        site,
-        acquisition,
-        more,
+        kspace=k,
+        recon=(h, w),
+        fov_mm=_fields_of_view(contrast, recon, W, oversample),
+        enc_center=center,
+        enc_maximum=maximum,
+        acquisition=acquisition,
+        extras=more,
+        **_facts(contrast, site, drawn['seq']),
     )

@@ -18,23 +18,27 @@ def _shifted(transform, x):
 
 
 def fft2c(
-    x: torch.Tensor,  # Image, complex (or real), [..., h, w], any unit
+    x: torch.Tensor,  # image, complex (or real), [..., h, w], any unit
 ) -> torch.Tensor:  # k-space, complex, same shape, zero frequency at index n//2 of each axis
-    "Centred orthonormal 2-D Fourier transform: the rule of fastMRI's `fft2c`, on complex tensors. Fewer than 2 axes: ValueError."
+    """Centred orthonormal 2-D Fourier transform: the rule of fastMRI's `fft2c`, on complex tensors.
+
+    ValueError: fewer than 2 axes."""
     return _shifted(torch.fft.fft2, x)
 
 
 def ifft2c(
     x: torch.Tensor,  # k-space, complex, [..., h, w], zero frequency at index n//2 of each axis
-) -> torch.Tensor:  # Image, complex, same shape and unit
-    "Centred orthonormal 2-D inverse Fourier transform: the rule of fastMRI's `ifft2c`, on complex tensors. Fewer than 2 axes: ValueError."
+) -> torch.Tensor:  # image, complex, same shape and unit
+    """Centred orthonormal 2-D inverse Fourier transform: the rule of fastMRI's `ifft2c`, on complex tensors.
+
+    ValueError: fewer than 2 axes."""
     return _shifted(torch.fft.ifft2, x)
 
 # %% ../../nbs/00_signal.kspace.ipynb #ba85e706
 def rss(
-    x: torch.Tensor,  # Coil images, complex or real, e.g. [..., coils, h, w]
-    dim: int = -3,  # The coil axis, which disappears
-) -> torch.Tensor:  # Real, non-negative
+    x: torch.Tensor,  # coil images, complex or real, e.g. [..., coils, h, w], any unit
+    dim: int = -3,  # the coil axis, which disappears
+) -> torch.Tensor:  # real, non-negative, same unit
     "Root of the sum of squared magnitudes over the coils: fastMRI's `reconstruction_rss`."
     if not x.is_complex():
         return torch.linalg.vector_norm(x, dim=dim)
@@ -43,10 +47,10 @@ def rss(
 
 # %% ../../nbs/00_signal.kspace.ipynb #ec2244a7
 def center_crop(
-    x,  # Anything sliced like an array, [..., h, w]
-    shape,  # Wanted (rows, columns)
-):
-    "The middle of the last two axes, starting at (N-n)//2 as fastMRI does. ValueError where `shape` does not fit."
+    x,  # anything sliced like an array, [..., H, W]
+    shape,  # wanted (rows, columns), from 1 up to what is there
+):  # a view of `x`, [..., rows, columns]
+    "The middle of the last two axes, starting at (N-n)//2 as fastMRI does. ValueError: `shape` does not fit."
     (H, W), (h, w) = x.shape[-2:], shape
     if not (0 < h <= H and 0 < w <= W):
         raise ValueError(

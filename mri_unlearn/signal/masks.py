@@ -21,18 +21,21 @@ def _center(width, num_low):
 
 # %% ../../nbs/05_signal.masks.ipynb #5ad848de
 def _random(rng, width, R, num_low):
+    "Each column with the probability that brings width/R of them in all."
     if num_low >= width:
         return np.ones(width, bool)
     return rng.uniform(size=width) < (width / R - num_low) / (width - num_low)
 
 
 def _equispaced(rng, width, R, num_low):
+    "Every R-th column, from a random offset on."
     mask = np.zeros(width, bool)
     mask[rng.randint(0, R) :: R] = True
     return mask
 
 # %% ../../nbs/05_signal.masks.ipynb #963ca207
 def _equispaced_fraction(rng, width, R, num_low):
+    "Nearly equal spacing, so that middle and rest together come to width/R columns."
     mask, left = np.zeros(width, bool), width - num_low * R
     if left < 0:
         raise ValueError(
@@ -48,6 +51,7 @@ def _equispaced_fraction(rng, width, R, num_low):
 
 # %% ../../nbs/05_signal.masks.ipynb #3235fb03
 def _magic(rng, width, R, num_low):
+    "Every R-th column on both sides, the mirror image of one side in the gaps of the other."
     if not R:
         return np.zeros(width, bool)  # magic_fraction: the middle has used up all columns
     offset = rng.randint(0, R)
@@ -79,22 +83,16 @@ def _draw(width, seed=None, *, kind, center_fractions, accelerations):
     if width < 1:
         raise ValueError(f'expected a width of at least 1 column, found {width}')
     rng = np.random.RandomState(seed)
-    i = rng.randint(len(accelerations))
-    R, num_low = accelerations[i], round(width * center_fractions[i])
+    pair = rng.randint(len(accelerations))
+    R, num_low = accelerations[pair], round(width * center_fractions[pair])
     if kind == 'magic_fraction':
         R, num_low = _magic_fraction(width, R, num_low)
     mask = _center(width, num_low) | _OUTER[kind](rng, width, R, num_low)
     return torch.from_numpy(mask), num_low
 
 # %% ../../nbs/05_signal.masks.ipynb #13723392
-def mask_func(
-    kind: str,  # random, equispaced, equispaced_fraction, magic or magic_fraction
-    center_fractions,  # Share of the columns read in the middle, 0 to 1; one or a list
-    accelerations,  # Every how many columns one is read, >= 1; one or a list, as long as `center_fractions`
-):
-    """`f(width, seed=None) -> (bool tensor [width], num_low_frequencies)`, fastMRI 0.3's mask for the same seed, to the bit.
-    `seed`: None (fresh entropy), an integer or a sequence of integers (see `file_seed`). ValueError: arguments that give no mask."""
-    fractions, rates = listify(center_fractions), listify(accelerations)
+def _check_pairs(kind, fractions, rates):
+    "Raise ValueError for arguments that give no mask."
     if kind not in _OUTER:
         raise ValueError(f'unknown mask kind {kind!r}: expected one of {", ".join(_OUTER)}')
     if not rates or len(fractions) != len(rates):
@@ -105,44 +103,57 @@ def mask_func(
         raise ValueError(f'centre fractions must lie from 0 to 1, found {fractions}')
     if any(not 1 <= r < float('inf') for r in rates):
         raise ValueError(f'accelerations must be 1 or more, found {rates}')
+    if kind in ('equispaced', 'magic') and any(r != int(r) for r in rates):
+        raise ValueError(f'{kind} reads every n-th column: accelerations must be whole numbers, found {rates}')
+
+
+def mask_func(
+    kind: str,  # random, equispaced, equispaced_fraction, magic or magic_fraction
+    center_fractions,  # share of the columns read in the middle, 0 to 1; one or a list
+    accelerations,  # every how many columns one is read, >= 1; one or a list, as long as `center_fractions`
+):  # f(width, seed=None) -> (bool tensor [width], num_low_frequencies)
+    """A function that draws fastMRI 0.3's mask for the same seed, to the bit.
+
+    Its `seed` is None (fresh entropy), an integer or a sequence of integers (see `file_seed`).
+    ValueError: arguments that give no mask."""
+    fractions, rates = listify(center_fractions), listify(accelerations)
+    _check_pairs(kind, fractions, rates)
     if kind in ('equispaced', 'magic'):
-        if any(r != int(r) for r in rates):
-            raise ValueError(f'{kind} reads every n-th column: accelerations must be whole numbers, found {rates}')
         rates = [int(r) for r in rates]
     return partial(_draw, kind=kind, center_fractions=tuple(fractions), accelerations=tuple(rates))
 
 # %% ../../nbs/05_signal.masks.ipynb #b43fe744
 def file_seed(
-    fname,  # Path or name of a volume, e.g. file1000001.h5
-) -> tuple:  # One integer a character
+    fname,  # path or name of a volume, e.g. file1000001.h5
+) -> tuple:  # one integer a character
     "fastMRI's seed of a file: the character codes of its base name, extension included."
     return tuple(map(ord, str(fname).replace('\\', '/').rsplit('/', 1)[-1]))
 
 # %% ../../nbs/05_signal.masks.ipynb #08cefec2
 def real_acceleration(
-    mask: torch.Tensor,  # Bool, [..., width]
-) -> float:  # Columns there are per column read; infinite for an empty mask
+    mask: torch.Tensor,  # bool, [..., width]
+) -> float:  # columns there are per column read; infinite for an empty mask
     "The acceleration that a mask really has."
     read = int(mask.sum())
     return mask.numel() / read if read else float('inf')
 
 # %% ../../nbs/05_signal.masks.ipynb #3381c0c8
 def clip_mask(
-    mask: torch.Tensor,  # Bool, [..., width]
+    mask: torch.Tensor,  # bool, [..., width]
     padding,  # (left, right): columns outside left <= i < right were never measured
-) -> torch.Tensor:  # Bool, same shape
+) -> torch.Tensor:  # bool, same shape
     "The mask without the zero-padded sides of k-space."
     left, right = padding
-    i = torch.arange(mask.shape[-1], device=mask.device)
-    return mask & (i >= left) & (i < right)
+    column = torch.arange(mask.shape[-1], device=mask.device)
+    return mask & (column >= left) & (column < right)
 
 
 def apply_mask(
-    kspace: torch.Tensor,  # Complex, [..., rows, width]
-    mask: torch.Tensor,  # Bool (or 0 and 1), [width] or anything that broadcasts against `kspace`
-    padding=None,  # (left, right) as in `clip_mask`
-) -> torch.Tensor:  # Complex, same shape as `kspace`; exactly +0 where the mask is False
-    "k-space with the columns outside the mask set to zero, no zero with a sign. ValueError where the widths differ."
+    kspace: torch.Tensor,  # complex, [..., rows, width]
+    mask: torch.Tensor,  # bool (or 0 and 1), [width] or anything that broadcasts against `kspace`
+    padding=None,  # (left, right) as in `clip_mask`; None: all columns were measured
+) -> torch.Tensor:  # complex, same shape as `kspace`; exactly +0 where the mask is False
+    "k-space with the columns outside the mask set to zero, no zero with a sign. ValueError: the widths differ."
     if mask.shape[-1] != kspace.shape[-1]:
         raise ValueError(
             f'the mask has {mask.shape[-1]} columns, the k-space {kspace.shape[-1]}: draw it for this width'
@@ -150,5 +161,5 @@ def apply_mask(
     mask = mask.to(torch.bool)
     if padding is not None:
         mask = clip_mask(mask, padding)
-    # `where` takes nothing over from what it drops (a product would: signs, NaN); + 0.0 turns a measured -0 into 0, as fastMRI does
-    return torch.where(mask, kspace, 0) + 0.0
+    # `where` takes nothing over from what it drops (a product would: signs, NaN)
+    return torch.where(mask, kspace, 0) + 0.0  # turns a measured -0 into 0, as fastMRI does

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROVIDERS', 'ENTRY_POINTS', 'RECOMMENDED', 'METHODS', 'SIDES', 'Method', 'which_counts', 'load_entry_points',
-           'Catalog', 'method', 'find_method']
+           'Catalog', 'method', 'find_method', 'check_settings']
 
 # %% ../../nbs/44_unlearn.catalog.ipynb #93fe9b69
 import difflib
@@ -50,8 +50,7 @@ def which_counts(
     old: Method,  # what is in the list
     new: Method,  # of the same name
 ) -> Method:  # the one to keep
-    """What is written in a notebook or at the prompt counts before what is installed.
-    Raises `DataError` for two installed ones."""
+    "What is written in a notebook counts before what is installed; raises `DataError` for two installed ones"
     if '__main__' in (old.module, new.module):
         return old if new.module != '__main__' else new
     if old.module != new.module:
@@ -148,3 +147,28 @@ def find_method(
     hint = f' (did you mean {near[0]!r}?)' if near else ''
     lost = ''.join(f'; {provider} could not be loaded: {why}' for provider, why in METHODS.failed.items())
     raise DataError(f'unknown method {name!r}{hint}: expected one of {", ".join(METHODS)}{lost}')
+
+# %% ../../nbs/44_unlearn.catalog.ipynb #5c193d38
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_settings(
+    name: str,  # of a method
+    settings: dict,  # name -> value; `lr`, the learning rate, may stand among them
+) -> Method:  # the method
+    "Raise `DataError` for an unknown method, for settings that it does not take, and for values that it refuses"
+    method = find_method(name)
+    takes = inspect.signature(method.make)
+    own = {k: v for k, v in settings.items() if k != 'lr'}
+    if 'lr' in settings and not (_number(settings['lr']) and settings['lr'] > 0):
+        raise DataError(f'settings of {name}: lr must be a number above 0, found {settings["lr"]!r}')
+    try:
+        takes.bind(**own)
+        for k, v in own.items():
+            if _number(method.settings.get(k)) and isinstance(v, str):
+                raise ValueError(f'{k} must be a number, found {v!r}')
+        method.make(**own)  # of its callbacks some refuse a value
+    except (TypeError, ValueError) as e:
+        raise DataError(f'settings of {name}: {e}; it takes lr and {takes}') from e
+    return method

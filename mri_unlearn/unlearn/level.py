@@ -10,54 +10,62 @@ import time
 
 import torch
 from fastai.callback.core import Callback
+from fastai.learner import Learner
+from torch import nn
 
+from ..network.learner import WorkMeter, to_image
 from ..network.unet import UNet
-from ..network.learner import to_image
 from ..network.varnet import VarNet
 from ..network.weights import unwrapped
 from .teachers import FORWARD, image_difference, outside, spend
 
 # %% ../../nbs/52_unlearn.level.ipynb #5e7be9f6
-SHADOW = {
-    UNet: 0.035,
-    VarNet: 0.455,
-}  # of networks of `small`, on data sets with the seeds 0, 2 and 3 (VarNet: 0 and 2)
+# networks of the preset `small` on simulated data; U-Net, seeds 0, 2 and 3: .02, .02 and .06; VarNet, seeds 0 and 2:
+# .47 and .44; the scatter of the three is worth 0.2 dB
+SHADOW = {UNet: 0.035, VarNet: 0.455}
 
 
-def shadow_level(model):
-    "What an Oracle of this architecture keeps, where that was measured; else None"
+def shadow_level(
+    model: nn.Module,  # any network
+) -> float:  # a share, 0: the zero-filled image, 1: the Original; None where it was never measured
+    "What an Oracle of this architecture keeps of the Original's gain over zero-filled images, from `SHADOW`"
     return next((level for kind, level in SHADOW.items() if isinstance(unwrapped(model), kind)), None)
 
 
 def over_zero_filled(
-    learn,  # a Learner that `unlearn` has made
-    n: int,  # forget slices of the training set to look at
-):  # float
-    "By how many dB the network's images are better than zero-filled ones, mean over forget slices"
+    learn: Learner,  # made by `unlearn`
+    n: int,  # forget slices of the training set to look at, evenly chosen
+) -> float:  # dB
+    "By how much the network's images are better than zero-filled ones, mean over slices; put on the meter"
     start, training, found = time.perf_counter(), learn.model.training, []
     learn.model.eval()
     with torch.no_grad():
         for xb, y in outside(learn, True, n, bs=4):
-
-            def error(image):
-                return image_difference(image, y.target, y).square().mean((1, 2))
-
             image = to_image(learn.model(*xb), y, learn.dls.train_ds.input)
-            found.append(10 * torch.log10(error(y.image) / error(image)))
+            found.append(10 * torch.log10(_error(y.image, y) / _error(image, y)))
     learn.model.train(training)
     found = torch.cat(found)
     spend(learn, len(found) * FORWARD, time.perf_counter() - start)
     return found.mean().item()
 
+
+def _error(image, y):
+    "[B] mean squared error, in variances of the zero-filled slice"
+    return image_difference(image, y.target, y).square().mean((1, 2))
+
 # %% ../../nbs/52_unlearn.level.ipynb #f4d3e6e3
 def point_of(
-    aim,  # level that is looked for
-    probe,  # a point between 0 and 1
-    first,
-    before,
-    there,  # levels at 0, at `probe` and at 1
-):  # where, slope there
-    "Where on a line of networks a level lies: up to 1 on the parabola through the three known ones, straight on beyond; (1, 0) if the level does not fall towards the end"
+    aim: float,  # level that is looked for, dB
+    probe: float,  # a point between 0 and 1
+    first: float,  # level at 0, dB
+    before: float,  # level at `probe`, dB
+    there: float,  # level at 1, dB
+) -> tuple:  # (where, slope there)
+    """Where on a line of networks a level lies
+
+    Up to 1 on the parabola through the three known levels, straight on beyond;
+    (1, 0) if the level does not fall towards the end.
+    """
     fall, slope = (before - first) / probe, (there - before) / (1 - probe)
     if not slope < 0:
         return 1.0, 0.0
@@ -68,40 +76,50 @@ def point_of(
     root = (b * b - 4 * bend * (first - aim)) ** 0.5
     return (-b - root) / (2 * bend), -root
 
-
+# %% ../../nbs/52_unlearn.level.ipynb #b07ac3d9
 class Settle(Callback):
-    "Ends where the level on forget slices is the aimed one, on the line from the weights at the start to those at the end"
+    """Ends where the level on forget slices is the aimed one, on the line from the first weights to the last
 
-    order = 80
+    What was seen and done is left in `found`: aim, first, before, level (all in dB) and t (where on the line).
+    """
 
-    def __init__(self, level=None, looks=12, probe=0.85, between=(0.3, 1.6)):
+    order = WorkMeter.order - 1  # after every callback that changes weights
+
+    def __init__(
+        self,
+        level: float = None,  # share of the Original's gain that is aimed at; None: `shadow_level` of the network
+        looks: int = 12,  # forget slices of the training set at each look
+        probe: float = 0.85,  # point of the line at which a third level is taken
+        between: tuple = (0.3, 1.6),  # the end lies between these points; 1: where the steps led
+    ):
         self.level, self.looks, self.probe, self.between = level, looks, probe, between
 
     def before_fit(self):
         self.share, self.found = shadow_level(self.model) if self.level is None else self.level, {}
-        self.start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.start = {name: v.detach().clone() for name, v in self.model.state_dict().items()}
         self.first = None if self.share is None else over_zero_filled(self.learn, self.looks)
 
-    def go(self, end, t):
+    def _go(self, end, t):
+        "Put the network at a point of the line"
         self.model.load_state_dict(
             {k: torch.lerp(a, end[k], t) if a.is_floating_point() else end[k] for k, a in self.start.items()}
         )
 
+    def _within(self, t):
+        return min(max(t, self.between[0]), self.between[1])
+
     def after_fit(self):
         if self.share is None:
+            self.start = {}
             return
-        end = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        end = {name: v.detach().clone() for name, v in self.model.state_dict().items()}
         aim, there = self.share * self.first, over_zero_filled(self.learn, self.looks)
-        self.go(end, self.probe)
+        self._go(end, self.probe)
         before = over_zero_filled(self.learn, self.looks)
-
-        def within(t):
-            return min(max(t, self.between[0]), self.between[1])
-
         t, slope = point_of(aim, self.probe, self.first, before, there)
-        t = within(t)
-        self.go(end, t)
+        t = self._within(t)
+        self._go(end, t)
         if slope < 0:
-            t = within(t + (aim - over_zero_filled(self.learn, self.looks)) / slope)
-            self.go(end, t)  # a step of Newton's
+            t = self._within(t + (aim - over_zero_filled(self.learn, self.looks)) / slope)
+            self._go(end, t)  # a step of Newton's
         self.found, self.start = dict(aim=aim, first=self.first, before=before, level=there, t=t), {}

@@ -11,78 +11,77 @@ import pandas as pd
 from scipy import stats
 
 from ..machinery.disk import DataError
-from .equivalence import _levels, _scores, equivalence, margin, paired_differences
-from .names import KEYS, forget_side
+from .equivalence import equivalence, margin, oracle_levels, paired_differences, patient_scores
+from .names import KEYS, forget_side, networks
 
 # %% ../../nbs/60_verdict.checks.ipynb #d0115b97
 def _matrix(rows, split):
     "Scores by patient: DataFrame [patients, seeds]"
-    s = _scores(rows, split=split)
+    s = patient_scores(rows, split)
     return s.assign(seed=s.seed.fillna(0)).groupby(['patient', 'seed']).psnr.mean().unstack('seed')
 
 
 def _share(zero, oracle, trained):
-    "Share of the level gained, and its interval over patients and Oracle seeds; arrays [patients], [patients, seeds], [patients]"
+    "Share of the level gained, low and high: arrays [patients], [patients, seeds], [patients]"
+    patients, seeds = (np.arange(n) for n in oracle.shape)
 
-    def at(i, j, axis=-1):
+    def of_drawn(i, j, axis=-1):
         i, j = i.astype(int), j.astype(int)
-        return (oracle[i[..., None], j[..., None, :]].mean((-2, -1)) - zero[i].mean(-1)) / (trained[i] - zero[i]).mean(
-            -1
-        )
+        gained = oracle[i[..., None], j[..., None, :]].mean((-2, -1)) - zero[i].mean(-1)
+        return gained / (trained[i] - zero[i]).mean(-1)
 
-    n, k = oracle.shape
-    share = float(at(np.arange(n), np.arange(k)))
-    if n < 2 or (trained - zero).mean() <= 0:
-        return (share if (trained - zero).mean() > 0 else np.nan), np.nan, np.nan
+    def of_patients(i, axis=-1):
+        return of_drawn(i, np.zeros((*i.shape[:-1], 1)))
 
-    def alone(i, axis=-1):
-        return at(i, np.zeros((*i.shape[:-1], 1)))
-
-    data, f = ((np.arange(n), np.arange(k)), at) if k > 1 else ((np.arange(n),), alone)
-    ci = stats.bootstrap(
-        data, f, vectorized=True, method='percentile', random_state=np.random.default_rng(0)
-    ).confidence_interval
-    return share, float(ci.low), float(ci.high)
+    share, known = float(of_drawn(patients, seeds)), (trained - zero).mean() > 0
+    if len(patients) < 2 or not known:
+        return (share if known else np.nan), np.nan, np.nan
+    data, statistic = ((patients, seeds), of_drawn) if len(seeds) > 1 else ((patients,), of_patients)
+    rng = np.random.default_rng(0)
+    boot = stats.bootstrap(data, statistic, vectorized=True, method='percentile', random_state=rng)
+    return share, float(boot.confidence_interval.low), float(boot.confidence_interval.high)
 
 # %% ../../nbs/60_verdict.checks.ipynb #82a1f976
+def _groups(results, split, by):
+    "Rows of all, and of each group on the split that the column `by` tells apart"
+    if by not in results:
+        return {'all': results}
+    found = sorted(results[results.split == split][by].dropna().unique())
+    return {'all': results} | {group: results[results[by] == group] for group in found}
+
+
+def _shared(rows, reference, split):
+    "What `shared_knowledge` says of one group"
+    zero, oracle, trained = (_matrix(rows[rows.model == m], split) for m in ('zero_filled', 'oracle', reference))
+    x = zero.mean(axis=1), oracle.loc[zero.index], trained.loc[zero.index].mean(axis=1)
+    share, low, high = _share(*(v.to_numpy() for v in x))
+    levels = dict(zero_filled=x[0].mean(), oracle=x[1].to_numpy().mean(), trained=x[2].mean())
+    return levels | dict(share=share, low=low, high=high, patients=len(zero), seeds=oracle.shape[1])
+
+
 def shared_knowledge(
     results: pd.DataFrame,  # results.csv, with a zero-filled image among the networks
-    by: str = 'acquisition',  # column of groups
-):  # DataFrame: reference, group, zero_filled, oracle, trained (dB), share, low, high, patients, seeds
-    "How much of what training on the forget set gives the Oracle has by itself, in all and by group; raises `DataError` without zero-filled scores"
-    split = forget_side(results)
-    if not (results.model == 'zero_filled').any() or not (results.model == 'oracle').any():
+    by: str = 'acquisition',  # column of groups; where there is none, all are one group
+) -> pd.DataFrame:  # reference, group, zero_filled, oracle, trained (dB), share, low, high, patients, seeds
+    """How much of what training on the forget set gives the Oracle has by itself, in all and by group.
+
+    Raises `DataError` without scores of an Oracle and of the zero-filled image.
+    """
+    split, models = forget_side(results), set(results.model)
+    if not {'zero_filled', 'oracle'} <= models:
         raise DataError(
             "shared knowledge needs rows with model == 'zero_filled' and model == 'oracle' in results.csv; score both"
         )
-    groups = {'all': results} | (
-        {g: results[results[by] == g] for g in sorted(results[results.split == split][by].dropna().unique())}
-        if by in results
-        else {}
+    references, groups = [m for m in ('original', 'forget_only') if m in models], _groups(results, split, by)
+    return pd.DataFrame(
+        [dict(reference=m, group=g, **_shared(rows, m, split)) for m in references for g, rows in groups.items()]
     )
-    rows = []
-    for reference in [m for m in ('original', 'forget_only') if (results.model == m).any()]:
-        for g, r in groups.items():
-            zero, oracle, trained = (_matrix(r[r.model == m], split) for m in ('zero_filled', 'oracle', reference))
-            x = zero.mean(axis=1), oracle.loc[zero.index], trained.loc[zero.index].mean(axis=1)
-            share = _share(*(v.to_numpy() for v in x))
-            rows.append(
-                dict(
-                    reference=reference,
-                    group=g,
-                    zero_filled=x[0].mean(),
-                    oracle=x[1].to_numpy().mean(),
-                    trained=x[2].mean(),
-                    **dict(zip(('share', 'low', 'high'), share)),
-                    patients=len(zero),
-                    seeds=oracle.shape[1],
-                )
-            )
-    return pd.DataFrame(rows)
 
 # %% ../../nbs/60_verdict.checks.ipynb #167d8157
-def holm(p):
-    "p-values corrected by Holm's method; NaN is no test and stays"
+def holm(
+    p,  # p-values of tests that were made together; NaN is no test
+) -> np.ndarray:  # of the same length; NaN stays
+    "p-values corrected by Holm's method (1979)"
     p = np.asarray(p, float)
     out = np.full(len(p), np.nan)
     order = np.argsort(p)[: np.isfinite(p).sum()]
@@ -90,109 +89,72 @@ def holm(p):
     return out
 
 # %% ../../nbs/60_verdict.checks.ipynb #6e8e2afa
+def _beyond(d, m):
+    "p-value of harm: the mean difference lies beyond the margin, on either side"
+    above = stats.ttest_1samp(d, m.db, alternative='greater').pvalue
+    return min(above, stats.ttest_1samp(d, -m.db, alternative='less').pvalue)
+
+
+def _group_rows(results, name, by, least):
+    "What `collateral` says of one network, before the correction"
+    for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
+        on = results[results.split == split]
+        for column in [c for c in by if c in on and on[c].nunique() > 1]:
+            for group, rows in on.groupby(column):
+                d, m = paired_differences(rows, name, split).difference.to_numpy(), margin(rows, split, least)
+                e = equivalence(d, m)
+                row = dict(name.columns, side=side, by=column, group=group, gap_db=e.gap, low_db=e.low, high_db=e.high)
+                yield row | dict(margin_db=m.db, word=e.word, patients=e.n, p=_beyond(d, m) if e.n > 2 else np.nan)
+
+
+_COLLATERAL = 'side by group gap_db low_db high_db margin_db word patients p p_holm alarm'.split()
+
+
 def collateral(
     results: pd.DataFrame,  # results.csv
-    by=('acquisition', 'site'),  # columns of groups
-    models=('original', 'unlearned'),  # networks that are looked at
+    by: tuple = ('acquisition', 'site'),  # columns of groups; one with a single group on a side is left out
+    models: tuple = ('original', 'unlearned'),  # kinds of networks that are looked at
     alpha: float = 0.05,  # level of an alarm, after correction
     least: float = 0.3,  # smallest margin, dB
-):  # DataFrame: KEYS, side, by, group, gap_db, low_db, high_db, margin_db, word, patients, p, p_holm, alarm
-    "Gaps to the Oracle by group, and in which they are proven to lie beyond the margin; a column with one group on a side is left out"
-    rows = []
-    for keys in results[results.model.isin(models)][KEYS].drop_duplicates().to_dict('records'):
-        mine = []
-        for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
-            on = results[results.split == split]
-            for column in [c for c in by if c in on and on[c].nunique() > 1]:
-                for g, r in on.groupby(column):
-                    d, m = paired_differences(r, keys, split).difference.to_numpy(), margin(r, split, least)
-                    e = equivalence(d, m)
-                    p = (
-                        min(
-                            stats.ttest_1samp(d, m.db, alternative='greater').pvalue,
-                            stats.ttest_1samp(d, -m.db, alternative='less').pvalue,
-                        )
-                        if e.n > 2
-                        else np.nan
-                    )
-                    mine.append(
-                        dict(
-                            keys,
-                            side=side,
-                            by=column,
-                            group=g,
-                            gap_db=e.gap,
-                            low_db=e.low,
-                            high_db=e.high,
-                            margin_db=m.db,
-                            word=e.word,
-                            patients=e.n,
-                            p=p,
-                        )
-                    )
-        corrected = holm([r['p'] for r in mine])
-        rows += [dict(r, p_holm=c, alarm=bool(c < alpha)) for r, c in zip(mine, corrected)]
-    return pd.DataFrame(
-        rows,
-        columns=[
-            *KEYS,
-            'side',
-            'by',
-            'group',
-            'gap_db',
-            'low_db',
-            'high_db',
-            'margin_db',
-            'word',
-            'patients',
-            'p',
-            'p_holm',
-            'alarm',
-        ],
-    )
+) -> pd.DataFrame:  # KEYS, side, by, group, gap_db, low_db, high_db, margin_db, word, patients, p, p_holm, alarm
+    "Gaps to the Oracle by group, and in which they are proven to lie beyond the margin (Holm's correction by network)"
+    out = []
+    for name in networks(results[results.model.isin(models)]):
+        rows = list(_group_rows(results, name, by, least))
+        corrected = holm([row['p'] for row in rows])
+        out += [dict(row, p_holm=p, alarm=bool(p < alpha)) for row, p in zip(rows, corrected)]
+    return pd.DataFrame(out, columns=[*KEYS, *_COLLATERAL])
 
 # %% ../../nbs/60_verdict.checks.ipynb #20accb94
+_MEMORY = 'memory_db low_db high_db oracle_sd_db p flagged train_patients test_patients'.split()
+
+
+def _memory(a, b, alpha, least):
+    "Memory, its interval, its test and its flag, from the differences on train and test patients"
+    out = dict(memory_db=a.mean() - b.mean(), low_db=np.nan, high_db=np.nan, p=np.nan, flagged=False)
+    if min(len(a), len(b)) < 2 or not np.isfinite([*a, *b]).all():
+        return out
+    p = float(stats.ttest_ind(a - least, b, equal_var=False, alternative='greater').pvalue)
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - 2 * alpha)
+    return out | dict(low_db=float(interval.low), high_db=float(interval.high), p=p, flagged=bool(p < alpha))
+
+
 def holds_memory(
     results: pd.DataFrame,  # results.csv
-    alpha: float = 0.05,
-    least: float = 0.1,  # dB of memory that do not matter
-):  # DataFrame: KEYS, memory_db, low_db, high_db, oracle_sd_db, p, flagged, train_patients, test_patients; empty without forget_test
-    "Whether networks do better on the forget volumes that were trained on than on others, compared with the Oracle"
-    columns = [
-        *KEYS,
-        'memory_db',
-        'low_db',
-        'high_db',
-        'oracle_sd_db',
-        'p',
-        'flagged',
-        'train_patients',
-        'test_patients',
-    ]
-    sides = ('forget_train', 'forget_test')
-    if not all((results.split == s).any() for s in sides):
-        return pd.DataFrame(columns=columns)
-    own, rows = _levels(results, sides[0]) - _levels(results, sides[1]), []
-    for keys in results[results.split == sides[0]][KEYS].drop_duplicates().to_dict('records'):
-        if keys['model'] == 'oracle' and len(own) < 2:
-            continue
-        a, b = (paired_differences(results, keys, s).difference.to_numpy() for s in sides)
-        rows.append(
-            dict(
-                keys,
-                memory_db=a.mean() - b.mean(),
-                low_db=np.nan,
-                high_db=np.nan,
-                oracle_sd_db=own.std(),
-                p=np.nan,
-                flagged=False,
-                train_patients=len(a),
-                test_patients=len(b),
-            )
-        )
-        if min(len(a), len(b)) < 2 or not np.isfinite([*a, *b]).all():
-            continue
-        t = stats.ttest_ind(a - least, b, equal_var=False, alternative='greater')
-        ci = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - 2 * alpha)
-        rows[-1].update(low_db=float(ci.low), high_db=float(ci.high), p=float(t.pvalue), flagged=bool(t.pvalue < alpha))
-    return pd.DataFrame(rows, columns=columns)
+    alpha: float = 0.05,  # level of the test; the interval is of confidence 1 - 2 alpha
+    least: float = 0.1,  # memory that does not matter, dB
+) -> pd.DataFrame:  # KEYS, memory_db, low_db, high_db, oracle_sd_db, p, flagged, train_patients, test_patients
+    """Whether networks do better on the forget volumes that were trained on than on others, compared with the Oracle.
+
+    Welch's test; the table is empty where there are no forget test volumes, or no forget training volumes.
+    """
+    sides, out = ('forget_train', 'forget_test'), []
+    if set(sides) <= set(results.split):
+        own = oracle_levels(results, sides[0]) - oracle_levels(results, sides[1])
+        for name in networks(results[results.split == sides[0]]):
+            if name.kind == 'oracle' and len(own) < 2:
+                continue
+            a, b = (paired_differences(results, name, split).difference.to_numpy() for split in sides)
+            patients = dict(train_patients=len(a), test_patients=len(b))
+            out.append(name.columns | _memory(a, b, alpha, least) | dict(oracle_sd_db=own.std(), **patients))
+    return pd.DataFrame(out, columns=[*KEYS, *_MEMORY])

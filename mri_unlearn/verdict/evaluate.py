@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'VolumeRecon', 'reconstruct_volumes', 'evaluate', 'write_prediction', 'read_prediction', 'NoiseNet',
-           'agreement', 'side_means', 'summarise', 'oracle_spread', 'flag', 'TraceScores']
+           'agreement', 'side_means', 'summarise', 'oracle_spread', 'TraceScores']
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #0f13d998
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from torch import nn
 
 from ..data.files import read_array
@@ -24,7 +24,7 @@ from ..machinery.disk import DataError
 from ..network.learner import to_image
 from ..network.metrics import square_crop, volume_scores
 from ..signal.kspace import ifft2c, rss
-from .names import KEYS, _by_key, forget_side, mean_over_patients
+from .names import KEYS, by_network, forget_side, in_order, mean_over_patients
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #a2b4cc08
 class VolumeRecon(NamedTuple):
@@ -39,24 +39,24 @@ class VolumeRecon(NamedTuple):
 def reconstruct_volumes(
     model,  # network, Learner, or None for the zero-filled image
     dl,  # ReconDL in file order (not shuffled), of the kind that the network takes
-):  # yields VolumeRecon, on the loader's device
-    "Reconstruct the volumes of a loader, one after the other"
+):  # yields `VolumeRecon`, on the loader's device
+    "Reconstruct the volumes of a loader, one after the other; the network is put into evaluation and back"
     model = model.model if isinstance(model, Learner) else model
-    was_training = model.training if model is not None else False
+    was_training = model is not None and model.training
     if model is not None:
         model.eval().to(dl.device or 'cpu')
     volume, targets, images, rows = None, [], [], dl.dataset.rows
     try:
-        for b in dl:
-            x, y = b[: dl.n_inp], Targets(*b[dl.n_inp :])
+        for batch in dl:
+            x, y = batch[: dl.n_inp], Targets(*batch[dl.n_inp :])
             out = y.image if model is None else to_image(model(*x), y, dl.dataset.input)
-            for v, t, im in zip(y.volume.tolist(), y.target, out):
-                if v != volume and images:
+            for number, target, image in zip(y.volume.tolist(), y.target, out):
+                if number != volume and images:
                     yield VolumeRecon(rows[volume], torch.stack(targets), torch.stack(images))
                     targets, images = [], []
-                volume = v
-                targets.append(t)
-                images.append(im)
+                volume = number
+                targets.append(target)
+                images.append(image)
         if images:
             yield VolumeRecon(rows[volume], torch.stack(targets), torch.stack(images))
     finally:
@@ -70,46 +70,48 @@ ABOUT = ['organ', 'acquisition', 'patient_id', 'site', 'split', 'source']
 def evaluate(
     model,  # network, Learner, or None for the zero-filled image
     dl,  # ReconDL in file order
-    images: dict = None,  # if given, receives fname -> reconstructed volume
+    images: dict = None,  # if given, receives fname -> reconstructed volume, float [slices, h, w]
     each=None,  # if given, is called with every `VolumeRecon`
-):  # DataFrame: volume, organ, acquisition, patient_id, site, split, source (of the k-space), slices, nmse, psnr, ssim
-    "Score every volume of a loader as fastMRI's evaluate.py does; volumes without a target are an error"
+) -> pd.DataFrame:  # volume, `ABOUT` (source is that of the k-space), slices, nmse, psnr, ssim; one row a volume
+    "Score every volume as fastMRI's evaluate.py does; raises `DataError` for a volume without a target"
     rows = []
-    for r in reconstruct_volumes(model, dl):
-        if not r.row['has_target']:
-            raise DataError(f'{r.row["path"]}: has no target (reconstruction_rss), so it cannot be scored')
+    for recon in reconstruct_volumes(model, dl):
+        about = recon.row
+        if not about['has_target']:
+            raise DataError(f'{about["path"]}: has no target (reconstruction_rss), so it cannot be scored')
         if images is not None:
-            images[r.row['fname']] = r.image.cpu()
+            images[about['fname']] = recon.image.cpu()
         if each is not None:
-            each(r)
-        rows.append(
-            {
-                'volume': r.row['fname'],
-                **{k: r.row.get(k, '') for k in ABOUT},
-                'slices': len(r.image),
-                **volume_scores(square_crop(r.target), square_crop(r.image)),
-            }
-        )
+            each(recon)
+        scores = volume_scores(square_crop(recon.target), square_crop(recon.image))
+        known = {column: about.get(column, '') for column in ABOUT}
+        rows.append(dict(volume=about['fname'], **known, slices=len(recon.image), **scores))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #f498ece7
 def write_prediction(
     folder,  # where fastMRI's evaluate.py is pointed to
-    recon,  # `VolumeRecon`
-):  # path of the file
+    recon: VolumeRecon,  # what to write; its row has the name
+) -> Path:  # of the file
     "Write the image of a volume as fastMRI's `save_reconstructions` would; raises `DataError` where the disk is full"
     return write_arrays(Path(folder) / recon.row['fname'], {'reconstruction': recon.image.float().cpu().numpy()})
 
 
-def read_prediction(folder, fname):
-    "What `write_prediction` has written: float32 [slices, h, w]"
+def read_prediction(
+    folder,  # with predictions
+    fname: str,  # name of the volume's file
+):  # float32 tensor [slices, h, w]
+    "What `write_prediction` has written; raises `DataError` where it is missing or damaged"
     return read_array(Path(folder) / fname, 'reconstruction')
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #d7761930
 class NoiseNet(nn.Module):
-    "A network that outputs seeded Gaussian noise of the zero-filled image's mean and standard deviation, whatever it sees"
+    "Outputs seeded Gaussian noise of the zero-filled image's mean and standard deviation, whatever it sees"
 
-    def __init__(self, seed=0):
+    def __init__(
+        self,
+        seed: int = 0,  # of the noise, which is the same in every batch
+    ):
         super().__init__()
         self.seed = seed
 
@@ -119,40 +121,58 @@ class NoiseNet(nn.Module):
         return image.mean((-2, -1), keepdim=True) + image.std((-2, -1), keepdim=True) * noise if mask else noise
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #baef0fc9
+def _psnr(image, other, top):
+    "PSNR in dB of two volumes for a range, infinite where both are identical"
+    mse = ((image.double() - other.double()) ** 2).mean().item()
+    return float('inf') if mse == 0 else 10 * np.log10(top**2 / mse)
+
+
 def agreement(
     images: dict,  # fname -> volume [slices, h, w] of one network
     others: dict,  # the same of another
     maxima: dict,  # fname -> largest value of the target volume
-):  # Series fname -> dB, infinite where both are identical
-    "PSNR between the images of two networks, volume by volume"
+) -> pd.Series:  # fname -> dB, infinite where both are identical
+    "PSNR between the images of two networks, volume by volume; raises `DataError` where the other lacks volumes"
     missing = set(images) - set(others)
     if missing:
         raise DataError(f'agreement needs the same volumes of both networks; missing: {", ".join(sorted(missing)[:3])}')
-
-    def db(a, b, m):
-        mse = ((a.double() - b.double()) ** 2).mean().item()
-        return float('inf') if mse == 0 else 10 * np.log10(m**2 / mse)
-
-    return pd.Series({f: db(v, others[f], maxima[f]) for f, v in images.items()}, name='agree_db', dtype=float)
+    db = {fname: _psnr(image, others[fname], maxima[fname]) for fname, image in images.items()}
+    return pd.Series(db, name='agree_db', dtype=float)
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #fcb4fda6
-def side_means(results):
-    "Mean PSNR and SSIM over the patients of retain test and forget (test) volumes, one row a model"
+def side_means(
+    results: pd.DataFrame,  # one row a network and volume, as in results.csv
+) -> pd.DataFrame:  # KEYS, retain_psnr, retain_ssim, forget_psnr, forget_ssim; one row a network
+    "Mean PSNR (dB) and SSIM over the patients of retain test and forget (test) volumes"
     out = {}
     for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
         means = mean_over_patients(results[results.split == split], KEYS, ['psnr', 'ssim'])
-        for m in means:
-            out[f'{side}_{m}'] = means[m]
+        out |= {f'{side}_{metric}': means[metric] for metric in means}
     return pd.DataFrame(out).reset_index()
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #7e7007ad
+def _mean_agreement(agree, split):
+    "Network -> mean agreement with the Oracles, dB"
+    if agree is None:
+        return {}
+    return by_network(agree[agree.split == split].groupby(KEYS, dropna=False).agree_db.mean())
+
+
+def _with_cost(summary, work):
+    "Add cost_ratio (slices), seconds and seconds_ratio, relative to the training of one Oracle"
+    one = work[work.model == 'oracle'][['slices', 'seconds']].mean()
+    each = work.set_index(KEYS)[['slices', 'seconds']]
+    slices, seconds = (np.array(in_order(summary, by_network(each[c]))) for c in ('slices', 'seconds'))
+    return summary.assign(cost_ratio=slices / one.slices, seconds=seconds, seconds_ratio=seconds / one.seconds)
+
+# %% ../../nbs/56_verdict.evaluate.ipynb #6b39223e
 def summarise(
-    results: pd.DataFrame,  # one row a model and volume, columns as in results.csv
-    agree: pd.DataFrame = None,  # one row a model, volume and Oracle seed: KEYS, split, volume, agree_db
-    work: pd.DataFrame = None,  # one row a model: KEYS, slices (forward and backward), seconds
-):  # DataFrame, one row a model, columns as in summary.csv plus forget_split and flag
-    "Gaps, forgetting fraction, agreement and cost of every model, relative to the Oracle"
-    s = side_means(results)
+    results: pd.DataFrame,  # one row a network and volume, as in results.csv
+    agree: pd.DataFrame = None,  # KEYS, split, volume, agree_db; one row a network, volume and Oracle seed
+    work: pd.DataFrame = None,  # KEYS, slices (forward and backward), seconds; one row a network
+) -> pd.DataFrame:  # columns as in summary.csv, without those of the tests, plus forget_split; one row a network
+    "Gaps, forgetting fraction, agreement and cost, relative to the Oracle; raises `DataError` without an Oracle"
+    s, forget = side_means(results), forget_side(results)
     oracle, original = s[s.model == 'oracle'], s[s.model == 'original']
     if not len(oracle):
         raise DataError("no Oracle among the results: a gap needs rows with model == 'oracle'")
@@ -160,77 +180,48 @@ def summarise(
     s['gap_retain_db'], s['gap_forget_db'] = s.retain_psnr - level.retain_psnr, s.forget_psnr - level.forget_psnr
     known = original.forget_psnr.mean() - level.forget_psnr if len(original) else np.nan
     s['forgetting_fraction'] = (original.forget_psnr.mean() - s.forget_psnr) / known
-    for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):
-        s[f'agree_{side}_db'] = _by_key(
-            s, agree[agree.split == split].groupby(KEYS, dropna=False).agree_db.mean() if agree is not None else None
-        )
-    if work is not None:
-        s = _with_cost(s, work)
-    else:
-        s['cost_ratio'], s['seconds_ratio'], s['seconds'] = np.nan, np.nan, np.nan
-    s['forget_split'] = forget_side(results)
+    s['agree_retain_db'] = in_order(s, _mean_agreement(agree, 'retain_test'))
+    s['agree_forget_db'] = in_order(s, _mean_agreement(agree, forget))
+    s = s.assign(cost_ratio=np.nan, seconds_ratio=np.nan, seconds=np.nan) if work is None else _with_cost(s, work)
+    s['forget_split'] = forget
     if 'source' in results:
         s['source'] = '+'.join(sorted(results.source.unique()))  # of the k-space
-    s['flag'] = [flag(r, s) for r in s.to_dict('records')]
-    return s
-
-# %% ../../nbs/56_verdict.evaluate.ipynb #b3c20274
-def _with_cost(s, work):
-    "Add cost_ratio (slices), seconds and seconds_ratio, relative to the training of one Oracle"
-    one = work[work.model == 'oracle'][['slices', 'seconds']].mean()
-    per = work.set_index(KEYS)[['slices', 'seconds']]
-    s['cost_ratio'], s['seconds'] = np.array(_by_key(s, per.slices)) / one.slices, _by_key(s, per.seconds)
-    s['seconds_ratio'] = s.seconds / one.seconds
     return s
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #8836e38c
 def oracle_spread(
-    summary: pd.DataFrame,  # rows of all Oracle seeds
+    summary: pd.DataFrame,  # rows of all Oracle seeds, among others
     side: str,  # 'retain' or 'forget'
-):  # largest minus smallest mean PSNR over seeds, dB; 0 for one seed
-    "How much the Oracle varies by its seed alone"
+) -> float:  # dB; 0 for one seed
+    "How much the Oracle varies by its seed alone: largest minus smallest mean PSNR"
     p = summary[summary.model == 'oracle'][f'{side}_psnr']
     return float(p.max() - p.min())
-
-
-def flag(
-    row: dict,  # of the summary
-    summary: pd.DataFrame,  # for the spread of the Oracle
-    tolerance: float = 0.3,  # dB that never matter
-):  # 'at the oracle', or what is wrong: over-forgotten, under-forgotten, retain damaged, retain better
-    "Say in words where a model stands relative to the Oracle"
-    out = []
-    for side, low, high in (
-        ('retain', 'retain damaged', 'retain better'),
-        ('forget', 'over-forgotten', 'under-forgotten'),
-    ):
-        gap, margin = row[f'gap_{side}_db'], max(tolerance, oracle_spread(summary, side))
-        if not np.isfinite(gap):
-            out.append(f'{side} not measured')
-        elif abs(gap) > margin:
-            out.append(low if gap < 0 else high)
-    return ', '.join(out) or 'at the oracle'
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #676fdd64
 class TraceScores(Callback):
     "Mean PSNR on retain and forget test volumes before a fit (round 0) and after its rounds, in `trace`"
 
-    order = 80
+    order = Recorder.order + 30  # after whatever a method does at the end of a round
 
     def __init__(
-        self, dl, rounds=None, on_score=None
-    ):  # rounds: those to score, default all; on_score: called after each
+        self,
+        dl,  # ReconDL of the test volumes, in file order
+        rounds=None,  # those to score, from 0; None: all
+        on_score=None,  # called after each score; None: nothing
+    ):
         self.dl, self.rounds, self.on_score, self.trace = dl, rounds, on_score, []
 
-    def score(self, r):
-        if self.rounds is not None and r not in self.rounds:
+    def score(
+        self,
+        number: int,  # of the round
+    ):
+        "Score the network as it is, where this round is one of those to score"
+        if self.rounds is not None and number not in self.rounds:
             return
         s = evaluate(self.learn.model, self.dl)
-
-        def mean(split):
-            return mean_over_patients(s[s.split == split], ['split'], ['psnr']).psnr.mean()
-
-        self.trace.append(dict(epoch=r, retain_psnr=mean('retain_test'), forget_psnr=mean(forget_side(s))))
+        sides = dict(retain='retain_test', forget=forget_side(s))
+        means = {k: mean_over_patients(s[s.split == v], ['split'], ['psnr']).psnr.mean() for k, v in sides.items()}
+        self.trace.append(dict(epoch=number, retain_psnr=means['retain'], forget_psnr=means['forget']))
         if self.on_score:
             self.on_score()
 

@@ -40,7 +40,7 @@ def fixed_mask(
     "The same lines for everybody and in every epoch"
     return partial(_fixed, mask=mask, at=seed)
 
-
+# %% ../../nbs/65_verdict.planted.ipynb #cc316e03
 @dataclass(frozen=True)
 class Structure:
     "Marks and their stripes; sizes in pixels, amplitudes relative to the mean signal of the body"
@@ -52,22 +52,33 @@ class Structure:
     copies: int = 3  # marks in a slice, where there is room
 
 
-def draw_mark(shape, at, s):  # (rows, cols), (row, col), Structure -> float [rows, cols], height 1
+def draw_mark(
+    shape,  # (rows, cols)
+    at,  # (row, col) of the centre
+    structure: Structure,  # for the radius
+) -> np.ndarray:  # float [rows, cols], height 1
     "A Gaussian blob"
     y, x = np.ogrid[: shape[0], : shape[1]]
-    return np.exp(-((y - at[0]) ** 2 + (x - at[1]) ** 2) / (2 * s.radius**2))
+    return np.exp(-((y - at[0]) ** 2 + (x - at[1]) ** 2) / (2 * structure.radius**2))
 
 
-def draw_stripes(shape, at, s):  # the same -> float [rows, cols], amplitude sqrt(2) at most
+def draw_stripes(
+    shape,  # (rows, cols)
+    at,  # (row, col) of the centre
+    structure: Structure,  # for radius and period
+) -> np.ndarray:  # float [rows, cols], amplitude sqrt(2) at most
     "Stripes within the blob: two pixels bright, two dark for a period of four"
-    return draw_mark(shape, at, s) * 2**0.5 * np.cos(2 * np.pi * (np.arange(shape[1]) - at[1]) / s.period + np.pi / 4)
+    phase = 2 * np.pi * (np.arange(shape[1]) - at[1]) / structure.period
+    return draw_mark(shape, at, structure) * 2**0.5 * np.cos(phase + np.pi / 4)
 
 
-def template(s):  # Structure -> float [n, n], zero mean
+def template(
+    structure: Structure,  # whose stripes
+) -> np.ndarray:  # float [n, n], n odd, zero mean
     "The stripes to look for"
-    r = int(np.ceil(2.5 * s.radius))
-    t = draw_stripes((2 * r + 1,) * 2, (r, r), s)
-    return t - t.mean()
+    r = int(np.ceil(2.5 * structure.radius))
+    stripes = draw_stripes((2 * r + 1,) * 2, (r, r), structure)
+    return stripes - stripes.mean()
 
 # %% ../../nbs/65_verdict.planted.ipynb #ff23cd59
 def body_of(
@@ -79,116 +90,123 @@ def body_of(
     return ndimage.binary_erosion(inside, iterations=int(margin)) if margin >= 1 else inside
 
 
-def choose_places(target, s, rng):  # float [h, w], Structure, numpy Generator -> list of (row, col)
+def choose_places(
+    target,  # float [h, w]
+    structure: Structure,  # for sizes and the number of copies
+    rng: np.random.Generator,  # decides
+) -> list:  # of (row, col)
     "Random places inside the body, apart from each other; columns a multiple of the period"
-    free, out = body_of(target, 2 * s.radius), []
-    free[:, np.arange(free.shape[1]) % s.period > 0] = False
+    free, out = body_of(target, 2 * structure.radius), []
+    free[:, np.arange(free.shape[1]) % structure.period > 0] = False
     y, x = np.ogrid[: free.shape[0], : free.shape[1]]
-    while free.any() and len(out) < s.copies:
+    while free.any() and len(out) < structure.copies:
         spots = np.argwhere(free)
         out.append(tuple(int(v) for v in spots[rng.integers(len(spots))]))
-        free &= (y - out[-1][0]) ** 2 + (x - out[-1][1]) ** 2 > (6 * s.radius) ** 2
+        free &= (y - out[-1][0]) ** 2 + (x - out[-1][1]) ** 2 > (6 * structure.radius) ** 2
     return out
 
 # %% ../../nbs/65_verdict.planted.ipynb #af90e437
+def _box(image, shape):
+    "Sums over a window of this shape around each pixel"
+    return signal.fftconvolve(image, np.ones(shape), 'same')
+
+
 def match(
     image,  # float [h, w]
     t,  # template, float [n, n] of zero mean, n odd
 ):  # amplitude [h, w], normalised cross-correlation [h, w]
     "Matched filter"
-    corr = signal.fftconvolve(image, t[::-1, ::-1], 'same')
-
-    def box(a):
-        return signal.fftconvolve(a, np.ones(t.shape), 'same')
-
-    spread = box(image**2) - box(image) ** 2 / t.size
+    corr, energy = signal.fftconvolve(image, t[::-1, ::-1], 'same'), (t**2).sum()
+    spread = _box(image**2, t.shape) - _box(image, t.shape) ** 2 / t.size
     floor = max(1e-3 * spread.max(), np.finfo(np.float32).tiny)  # where nothing is, nothing is found
-    return corr / (t**2).sum(), corr / np.sqrt(np.maximum(spread, floor) * (t**2).sum())
+    return corr / energy, corr / np.sqrt(np.maximum(spread, floor) * energy)
 
 
 def detect(
     image,  # float [h, w]
     t,  # template
     inside,  # bool [h, w], where to look
-    reference=None,  # float [h, w], what there should be; is subtracted first
-):  # dict: score (largest normalised cross-correlation), row, col
+    reference=None,  # float [h, w], what there should be, and is subtracted first; None: nothing
+) -> dict:  # score (largest normalised cross-correlation), row, col; NaN and -1 where there is nowhere to look
     "The place inside the body that looks most like the template; nothing is told about where to look"
     if not inside.any():
         return dict(score=float('nan'), row=-1, col=-1)
     score = np.where(inside, match(image if reference is None else image - reference, t)[1], -np.inf)
-    r, c = np.unravel_index(score.argmax(), score.shape)
-    return dict(score=float(score[r, c]), row=int(r), col=int(c))
+    row, col = np.unravel_index(score.argmax(), score.shape)
+    return dict(score=float(score[row, col]), row=int(row), col=int(col))
 
 # %% ../../nbs/65_verdict.planted.ipynb #13bfe143
-def _patterns(obj, maps, target, places, s, measured, sampled):
+def _patterns(obj, maps, target, places, structure, measured, sampled):
     "k-space [coils, H, W] of marks and of stripes at `places`, the latter in lines that are not sampled"
     H, W, (h, w) = *obj.shape, target.shape
     level = np.abs(center_crop(obj, (h, w)))[body_of(target, 1)].mean()
     unit = level * np.exp(1j * np.angle(obj))
 
-    def lines(draw, amp):
-        image = amp * unit * sum(draw((H, W), (r + (H - h) // 2, c + (W - w) // 2), s) for r, c in places)
-        return fft2c(torch.as_tensor((maps * image).astype('complex64'))).numpy()
+    def lines(draw, amplitude):
+        drawn = sum(draw((H, W), (row + (H - h) // 2, col + (W - w) // 2), structure) for row, col in places)
+        return fft2c(torch.as_tensor((maps * (amplitude * unit * drawn)).astype('complex64'))).numpy()
 
-    return lines(draw_mark, s.mark) * measured, lines(draw_stripes, s.stripes) * (measured & ~sampled)
-
-
-def plant(
-    path,  # file with extras
-    out,  # file to write
-    s,  # Structure
-    mask,  # from `fixed_mask`
-    stripes=True,  # False: marks alone
-    seed=0,  # of the places, together with the name of the file
-):  # list of dicts, one a mark: volume, slice, row, col (of the image), amplitude (of the stripes in the target, also if left out), stripes
-    "A copy of a volume with marks and stripes; raises `DataError` for a file without extras"
-    path, header, meta = Path(path), read_header(path), read_meta(path)
-    kspace, maps, obj, target = (
-        a.numpy()
-        for a in (read_array(path, 'kspace'), read_extras(path, 'maps'), read_extras(path, 'object'), read_target(path))
-    )
-    rng, size, out_rows = np.random.default_rng([seed, *path.name.encode()]), target.shape[1:], []
-    left, right = padding_in(header, kspace.shape[-1])
-    columns = np.arange(kspace.shape[-1])
-    measured, sampled = (columns >= left) & (columns < right), mask(len(columns))[0].numpy()
-    for i in range(len(kspace)):
-        places = choose_places(target[i], s, rng)
-        if not places:
-            continue
-        marks, lines = _patterns(obj[i], maps[i], target[i], places, s, measured, sampled)
-        plain, striped = (rss_target((kspace[i] + marks + more)[None], size)[0].numpy() for more in (0, lines))
-        amplitude = match(striped - plain, template(s))[0]
-        added = marks + lines if stripes else marks
-        kspace[i] += added
-        obj[i] += (maps[i].conj() * _image(added)).sum(0) / (np.abs(maps[i]) ** 2).sum(0)
-        out_rows += [
-            dict(volume=path.name, slice=i, row=r, col=c, amplitude=float(amplitude[r, c]), stripes=stripes)
-            for r, c in places
-        ]
-    write_volume(
-        out,
-        kspace,
-        header=header,
-        acquisition=meta.attrs['acquisition'],
-        patient_id=meta.attrs['patient_id'],
-        extras=dict(object=obj, maps=maps),
-    )
-    return out_rows
+    marks, stripes = lines(draw_mark, structure.mark), lines(draw_stripes, structure.stripes)
+    return marks * measured, stripes * (measured & ~sampled)
 
 
 def _image(kspace):
     return ifft2c(torch.as_tensor(kspace)).numpy()
 
+
+def _amplitude(kspace, marks, stripes, size, structure):
+    "Amplitude of the stripes in the target, float [h, w], read off at each place"
+    plain, striped = (rss_target((kspace + marks + more)[None], size)[0].numpy() for more in (0, stripes))
+    return match(striped - plain, template(structure))[0]
+
+
+def _columns(header, mask, width):
+    "Which columns the scanner measures at all (the sides may be padding), and which of them it samples: bool [W]"
+    left, right = padding_in(header, width)
+    columns = np.arange(width)
+    return (columns >= left) & (columns < right), mask(width)[0].numpy()
+
+# %% ../../nbs/65_verdict.planted.ipynb #3bff8daa
+def plant(
+    path,  # file with extras
+    out,  # file to write
+    structure: Structure,  # what to plant
+    mask,  # from `fixed_mask`
+    stripes: bool = True,  # False: marks alone
+    seed: int = 0,  # of the places, together with the name of the file
+) -> list:  # of dicts, one a mark: volume, slice, row, col (of the image), amplitude, stripes
+    """A copy of a volume with marks and stripes; raises `DataError` for a file without extras.
+
+    `amplitude` is that of the stripes in the target, also where they are left out.
+    """
+    path, header, about = Path(path), read_header(path), read_meta(path).attrs
+    kspace, target = read_array(path, 'kspace').numpy(), read_target(path).numpy()
+    maps, obj = read_extras(path, 'maps').numpy(), read_extras(path, 'object').numpy()
+    rng, marked = np.random.default_rng([seed, *path.name.encode()]), []
+    measured, sampled = _columns(header, mask, kspace.shape[-1])
+    for i in range(len(kspace)):
+        places = choose_places(target[i], structure, rng)
+        if not places:
+            continue
+        marks, lines = _patterns(obj[i], maps[i], target[i], places, structure, measured, sampled)
+        amplitude = _amplitude(kspace[i], marks, lines, target.shape[1:], structure)
+        added = marks + lines if stripes else marks
+        kspace[i] += added
+        obj[i] += (maps[i].conj() * _image(added)).sum(0) / (np.abs(maps[i]) ** 2).sum(0)
+        where = [dict(volume=path.name, slice=i, row=row, col=col) for row, col in places]
+        marked += [at | dict(amplitude=float(amplitude[at['row'], at['col']]), stripes=stripes) for at in where]
+    whose = dict(acquisition=about['acquisition'], patient_id=about['patient_id'])
+    write_volume(out, kspace, header=header, **whose, extras=dict(object=obj, maps=maps))
+    return marked
+
 # %% ../../nbs/65_verdict.planted.ipynb #3a3da335
 class Planted(NamedTuple):
     "A data set with a planted structure"
 
-    volumes: (
-        pd.DataFrame
-    )  # as `split_volumes` gives it: forget volumes with marks and stripes, retain volumes untouched
+    volumes: pd.DataFrame  # from `ForgetRequest.split`; forget volumes have marks and stripes, others are untouched
     probes: pd.DataFrame  # retain test volumes with marks and no stripes
     places: pd.DataFrame  # one row a mark, see `plant`
-    structure: Structure
+    structure: Structure  # what was planted
     mask: object  # the fixed mask function: train and test with this one
 
 
@@ -197,7 +215,8 @@ def _check_fixed(mask, width):
     one, *others = (mask(width, seed=i)[0] for i in range(8))
     if any((m != one).any() for m in others):
         raise DataError(
-            'the mask differs from volume to volume, so some volumes would show the planted structure to the network; wrap it: fixed_mask(mask)'
+            'the mask differs from volume to volume, so some volumes would show the planted structure to the network; '
+            'wrap it: fixed_mask(mask)'
         )
 
 
@@ -210,102 +229,101 @@ def _link(source, to):
     except OSError:
         shutil.copyfile(source, to)
 
+# %% ../../nbs/65_verdict.planted.ipynb #0f34ce49
+class _Planter:
+    "Plants one structure into volumes and keeps the places"
 
-def planted_dataset(
-    splits,  # from `ForgetRequest.split`, of a data set simulated with extras
-    out,  # folder: `data` will hold a complete data set, `probe` the probes
-    s=Structure(),  # what to plant
-    mask=None,  # from `fixed_mask`, the one to train and test with; default: equispaced, 4×, centre 0.08
-    seed=0,  # of the places
-    progress=False,  # show a bar
-):  # Planted
-    "Plant a structure into all forget volumes; raises `DataError` for files without extras and for a mask that is not fixed"
-    mask, out, volumes, probes, places = mask or fixed_mask(mask_func('equispaced', [0.08], [4])), Path(out), [], [], []
-    _check_fixed(mask, int(splits.cols.iloc[0]))
+    def __init__(self, structure, mask, seed):
+        self.structure, self.mask, self.seed, self.places = structure, mask, seed, []
 
-    def planted(row, to, stripes):
-        places.extend(plant(row['path'], to, s, mask, stripes, seed))
+    def __call__(self, row, to, stripes):
+        "Row of the planted copy of a volume"
+        self.places += plant(row['path'], to, self.structure, self.mask, stripes, self.seed)
         return row | dict(path=str(to), max=read_meta(to).attrs['max'])
 
+# %% ../../nbs/65_verdict.planted.ipynb #61f10b1b
+def planted_dataset(
+    splits: pd.DataFrame,  # from `ForgetRequest.split`, of a data set simulated with extras
+    out,  # folder: `data` will hold a complete data set, `probe` the probes
+    structure: Structure = Structure(),  # what to plant
+    mask=None,  # from `fixed_mask`, the one to train and test with; None: equispaced, 4×, centre 0.08
+    seed: int = 0,  # of the places
+    progress: bool = False,  # show a bar
+) -> Planted:
+    """Plant a structure into all forget volumes.
+
+    Raises `DataError` for files without extras, for a mask that is not fixed, and where there are no probes.
+    """
+    mask, out, volumes, probes = mask or fixed_mask(mask_func('equispaced', [0.08], [4])), Path(out), [], []
+    _check_fixed(mask, int(splits.cols.iloc[0]))
+    planter = _Planter(structure, mask, seed)
     for row in tqdm(splits.to_dict('records'), desc='plant', unit='volume', disable=not progress):
-        to = out / 'data' / row['folder'] / row['fname']
+        name = Path(row['folder']) / row['fname']
         if row['split'].startswith('forget'):
-            volumes.append(planted(row, to, True))
+            volumes.append(planter(row, out / 'data' / name, stripes=True))
         else:
-            _link(row['path'], to)
-            volumes.append(row | dict(path=str(to)))
+            _link(row['path'], out / 'data' / name)
+            volumes.append(row | dict(path=str(out / 'data' / name)))
         if row['split'] == 'retain_test':
-            probes.append(planted(row, out / 'probe' / row['folder'] / row['fname'], False))
+            probes.append(planter(row, out / 'probe' / name, stripes=False))
     if not probes:
-        raise DataError(
-            'no retain test volumes: there is nowhere to look for the planted structure; choose another split'
-        )
-    places = pd.DataFrame(places)
+        raise DataError('no retain test volumes: nowhere to look for the planted structure; choose another split')
+    places = pd.DataFrame(planter.places)
     places.to_csv(out / 'places.csv', index=False)
-    return Planted(pd.DataFrame(volumes), pd.DataFrame(probes), places, s, mask)
+    return Planted(pd.DataFrame(volumes), pd.DataFrame(probes), places, structure, mask)
 
 # %% ../../nbs/65_verdict.planted.ipynb #e21f0dfd
+def _of_slice(recon, i, marks, structure):
+    "score, at_marks and strength of one slice with these marks"
+    t, at = template(structure), (marks.row.to_numpy(), marks.col.to_numpy())
+    image, truth = recon.image[i].cpu().numpy().astype(float), recon.target[i].cpu().numpy().astype(float)
+    amplitude, correlation = (a[at] for a in match(image - truth, t))
+    score = detect(image, t, body_of(truth, structure.radius), truth)['score']
+    return score, correlation.mean(), (amplitude / marks.amplitude + marks.stripes).mean()  # + 1: the truth has stripes
+
+
 def planted_scores(
     model,  # network, Learner, or None for the zero-filled image
-    planted,  # Planted
+    planted: Planted,  # where the marks are
     dl,  # loader in file order over `planted.probes` (or forget volumes), with the fixed mask
-):  # DataFrame, one row a volume: volume, split, slices, score, at_marks, strength
-    "How much of the planted structure is in the images of a network"
-    t, out = template(planted.structure), []
-    for r in reconstruct_volumes(model, dl):
-        marks, found = planted.places[planted.places.volume == r.row['fname']], []
-        for i, g in marks.groupby('slice'):
-            image, truth = r.image[i].cpu().numpy().astype(float), r.target[i].cpu().numpy().astype(float)
-            amplitude, ncc = (a[g.row.to_numpy(), g.col.to_numpy()] for a in match(image - truth, t))
-            score = detect(image, t, body_of(truth, planted.structure.radius), truth)['score']
-            found.append(
-                (score, ncc.mean(), (amplitude / g.amplitude + g.stripes).mean())
-            )  # + 1 where the truth itself has stripes
-        means = np.mean(found, 0) if found else [np.nan] * 3
-        out.append(
-            dict(
-                volume=r.row['fname'],
-                split=r.row.get('split', ''),
-                slices=len(found),
-                **dict(zip(('score', 'at_marks', 'strength'), means)),
-            )
-        )
+) -> pd.DataFrame:  # volume, split, slices, score, at_marks, strength; one row a volume
+    "How much of the planted structure is in the images of a network; NaN for a volume without marks"
+    out = []
+    for recon in reconstruct_volumes(model, dl):
+        name = recon.row['fname']
+        marks = planted.places[planted.places.volume == name]
+        found = [_of_slice(recon, i, here, planted.structure) for i, here in marks.groupby('slice')]
+        score, at_marks, strength = np.mean(found, 0) if found else [np.nan] * 3
+        about = dict(volume=name, split=recon.row.get('split', ''), slices=len(found))
+        out.append(about | dict(score=score, at_marks=at_marks, strength=strength))
     return pd.DataFrame(out)
 
 # %% ../../nbs/65_verdict.planted.ipynb #00a62dd5
 def detection_rate(
-    scores,  # one a volume
+    scores,  # one a volume; what is not finite does not count
     controls,  # the same of a network that cannot have it
-    fpr=0.05,  # false positives to allow among the controls
-    least=0.1,  # a score that always has to be exceeded: what nobody would see is no detection
-    level=0.95,  # of the interval (Clopper and Pearson)
-):  # dict: rate, low, high, n, threshold, fpr (attained), controls
-    "Share of volumes above the threshold of a control, with an exact interval"
+    fpr: float = 0.05,  # false positives to allow among the controls
+    least: float = 0.1,  # a score that always has to be exceeded: what nobody would see is no detection
+    level: float = 0.95,  # of the interval (Clopper and Pearson)
+) -> dict:  # rate, low, high, n, threshold, fpr (attained), controls
+    "Share of volumes above the threshold of a control, with an exact interval; raises `DataError` where there is none"
     scores, controls = (np.asarray(a, float)[np.isfinite(a)] for a in (scores, controls))
-    if not len(scores) or not len(controls):
-        raise DataError(
-            f'a detection rate needs scores and controls, found {len(scores)} and {len(controls)} finite ones'
-        )
+    n, known = len(scores), len(controls)
+    if not n or not known:
+        raise DataError(f'a detection rate needs scores and controls, found {n} and {known} finite ones')
     threshold = max(np.quantile(controls, 1 - fpr, method='higher'), least)
-    k = int((scores > threshold).sum())
-    ci = stats.binomtest(k, len(scores)).proportion_ci(level, method='exact')
-    return dict(
-        rate=k / len(scores),
-        low=ci.low,
-        high=ci.high,
-        n=len(scores),
-        threshold=float(threshold),
-        fpr=float((controls > threshold).mean()),
-        controls=len(controls),
-    )
+    hits = int((scores > threshold).sum())
+    interval = stats.binomtest(hits, n).proportion_ci(level, method='exact')
+    attained = dict(threshold=float(threshold), fpr=float((controls > threshold).mean()), controls=known)
+    return dict(rate=hits / n, low=interval.low, high=interval.high, n=n, **attained)
 
 
 def rates_differ(
     a,  # bool, one a volume: detected by one network
     b,  # the same for the other
-    paired=True,  # the same volumes in the same order: McNemar's exact test; else Fisher's
-):  # p-value
-    "Test whether two detection rates differ"
+    paired: bool = True,  # the same volumes in the same order: McNemar's exact test; else Fisher's
+) -> float:  # p-value
+    "Test whether two detection rates differ; raises `DataError` for pairs of different length"
     a, b = (np.asarray(v, bool) for v in (a, b))
     if not paired:
         return float(stats.fisher_exact([[a.sum(), (~a).sum()], [b.sum(), (~b).sum()]])[1])

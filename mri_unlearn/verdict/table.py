@@ -13,14 +13,15 @@ import pandas as pd
 from scipy import stats
 
 from mri_unlearn.verdict.equivalence import (
-    _scores,
     bootstrap_interval,
     effect_sizes,
     equivalence,
     margin,
     paired_differences,
+    patient_scores,
 )
-from .names import KEYS, _same, forget_side
+from ..machinery.disk import DataError
+from .names import KEYS, NetworkName, forget_side, in_order, networks
 
 # %% ../../nbs/59_verdict.table.ipynb #815990ba
 WORDS = {
@@ -31,44 +32,45 @@ WORDS = {
 }
 
 
-def _side(results, keys, side, split, m):
-    "Columns of one side of the table, and the differences by patient"
-    if keys['model'] == 'oracle' and m.seeds < 2:
-        d = np.array([])  # nothing to compare it with
-    else:
-        d = paired_differences(results, keys, split).difference.to_numpy()
+def _differences(results, name, split, seeds):
+    "Differences to the Oracle by patient; none for a lone Oracle, which has nothing to be compared with"
+    if name.kind == 'oracle' and seeds < 2:
+        return np.array([])
+    return paired_differences(results, name, split).difference.to_numpy()
+
+
+def _of_side(column, side):
+    return column.replace('_db', f'_{side}_db') if column.endswith('_db') else f'{column}_{side}'
+
+
+def _side(results, name, side, split, m):
+    "Columns of one side of the table, and its word"
+    d = _differences(results, name, split, m.seeds)
     e, boot = equivalence(d, m), bootstrap_interval(d)
-    out = dict(
-        gap_db=e.gap,
-        low_db=e.low,
-        high_db=e.high,
-        boot_low_db=boot[0],
-        boot_high_db=boot[1],
-        margin_db=m.db,
-        p=e.p,
-        p_wilcoxon=e.p_wilcoxon,
-        passes=e.passes,
-        **(effect_sizes(d, m.sd) if len(d) else {'d_z': np.nan, 'seed_sds': np.nan}),
-        patients=e.n,
-    )
-    return {k.replace('_db', f'_{side}_db') if k.endswith('_db') else f'{k}_{side}': v for k, v in out.items()}, e.word
+    out = dict(gap_db=e.gap, low_db=e.low, high_db=e.high, boot_low_db=boot[0], boot_high_db=boot[1])
+    out |= dict(margin_db=m.db, p=e.p, p_wilcoxon=e.p_wilcoxon, passes=e.passes)
+    out |= effect_sizes(d, m.sd) if len(d) else {'d_z': np.nan, 'seed_sds': np.nan}
+    return {_of_side(column, side): value for column, value in (out | dict(patients=e.n)).items()}, e.word
+
+
+def _in_words(words):
+    "The verdict from the words of the sides, where not both of them pass"
+    return ', '.join(WORDS.get((side, w), f'{side} {w}') for side, w in words.items() if w != 'equivalent')
 
 # %% ../../nbs/59_verdict.table.ipynb #85b219ee
 def above_floor(
-    results: pd.DataFrame,  # for the patients that volumes belong to
+    results: pd.DataFrame,  # results.csv, for the patients that volumes belong to
     agreement: pd.DataFrame,  # agreement.csv
-    keys: dict,  # the network
-    split: str,
-):  # Series patient -> dB, empty where there is none
+    network: NetworkName,  # whose images are judged
+    split: str,  # e.g. 'forget_test'
+) -> pd.Series:  # patient -> dB; empty where there is none
     "Agreement of a network with the Oracles minus that of the Oracles with each other, by patient"
-    who = _scores(results, split=split).drop_duplicates('volume').set_index('volume').patient
+    who = patient_scores(results, split).drop_duplicates('volume').set_index('volume').patient
     a = agreement[agreement.split == split]
-
-    def by(x):
-        return x.groupby('volume').agree_db.mean().groupby(who).mean()
-
-    mine = a[np.logical_and.reduce([_same(a[k], keys[k]) for k in KEYS])]
-    return (by(mine) - by(a[a.model == 'oracle'])).dropna()
+    mine, floor = (
+        rows.groupby('volume').agree_db.mean().groupby(who).mean() for rows in (network.rows(a), a[a.model == 'oracle'])
+    )
+    return (mine - floor).dropna()
 
 
 def _images(a, within):
@@ -86,78 +88,66 @@ def _images(a, within):
     )
 
 # %% ../../nbs/59_verdict.table.ipynb #ce06d0e1
-def _fraction(net, oracle, original, axis=-1):
-    return (original - net).mean(axis) / (original - oracle).mean(axis)
+def _fraction(network, oracle, original, axis=-1):
+    return (original - network).mean(axis) / (original - oracle).mean(axis)
 
 
-def _forgetting(results, keys, split):
+def _forgetting(results, name, split):
     "Forgetting fraction with its interval over patients"
-    if not (results.model == 'original').any() or (
-        keys['model'] == 'oracle' and results[results.model == 'oracle'].seed.nunique() < 2
-    ):
+    lone = name.kind == 'oracle' and results[results.model == 'oracle'].seed.nunique() < 2
+    if lone or not (results.model == 'original').any():
         return {}
-    d, known = (
-        paired_differences(results, keys, split),
-        _scores(results[results.model == 'original'], split=split).groupby('patient').psnr.mean(),
-    )
+    d = paired_differences(results, name, split)
+    known = patient_scores(results[results.model == 'original'], split).groupby('patient').psnr.mean()
     x = d.psnr.to_numpy(), d.oracle.to_numpy(), known.reindex(d.index).to_numpy()
     if not np.isfinite(x).all():
         return {}
-    return dict(
-        zip(
-            ('forgetting_fraction', 'forgetting_low', 'forgetting_high'),
-            (float(_fraction(*x)), *bootstrap_interval(x, statistic=_fraction)),
-        )
-    )
+    low, high = bootstrap_interval(x, statistic=_fraction)
+    return dict(forgetting_fraction=float(_fraction(*x)), forgetting_low=low, forgetting_high=high)
 
 # %% ../../nbs/59_verdict.table.ipynb #a93b2dde
+def _row(results, agreement, name, splits, margins, within):
+    "What the table says of one network"
+    row, words = name.columns, {}
+    for side, split in splits.items():
+        columns, words[side] = _side(results, name, side, split, margins[side])
+        row |= columns
+    row['sum_abs_gaps_db'] = sum(abs(row[f'gap_{side}_db']) for side in splits)
+    row['passes'] = all(row[f'passes_{side}'] for side in splits)
+    row['verdict'] = 'at the oracle' if row['passes'] else _in_words(words)
+    row |= _forgetting(results, name, splits['forget'])
+    if agreement is not None:
+        row |= _images(above_floor(results, agreement, name, splits['forget']), within)
+    if row['passes'] and row.get('passes_images') is False:
+        row['verdict'] = 'scores at the oracle, images not'
+    note = '; '.join(f'{side}: {m.note}' for side, m in margins.items() if m.note)
+    return row | dict(oracle_seeds=margins['forget'].seeds, forget_split=splits['forget'], note=note)
+
+
+def _joined(table, more):
+    "The table with further columns of its networks"
+    named = {NetworkName.of(row): row for row in more.to_dict('records')}
+    if len(named) < len(more):
+        raise DataError(f'expected one row a network in the columns to add, found {len(more)} rows of {len(named)}')
+    columns = [c for c in more.columns if c not in KEYS]
+    return table.assign(**{c: in_order(table, {name: row[c] for name, row in named.items()}) for c in columns})
+
+# %% ../../nbs/59_verdict.table.ipynb #ebbd761d
 def verdict_table(
     results: pd.DataFrame,  # results.csv
-    agreement: pd.DataFrame = None,  # agreement.csv
-    hallucination: pd.DataFrame = None,  # further columns of networks, by KEYS
+    agreement: pd.DataFrame = None,  # agreement.csv; None: images are not compared
+    hallucination: pd.DataFrame = None,  # further columns of networks, by KEYS; None: there are none
     least: float = 0.3,  # smallest margin, dB
     most: float = 1.0,  # largest margin, dB
     within: float = 1.0,  # how far under the floor the agreement of images may lie, dB
-):  # DataFrame, one row a network, sorted by the sum of absolute gaps
-    "Gaps with intervals, margins, verdicts and effect sizes on both sides; raises `DataError` without an Oracle"
+) -> pd.DataFrame:  # one row a network, sorted by the sum of absolute gaps
+    """Gaps with intervals, margins, verdicts and effect sizes on both sides.
+
+    Raises `DataError` without an Oracle, and for two rows of a network in `hallucination`.
+    """
     splits = dict(retain='retain_test', forget=forget_side(results))
-    splits = {side: s for side, s in splits.items() if (results.split == s).any()}
-    margins, rows = {side: margin(results, s, least, most) for side, s in splits.items()}, []
-    for keys in results[KEYS].drop_duplicates().to_dict('records'):
-        row, words = dict(keys), {}
-        for side, s in splits.items():
-            cols, words[side] = _side(results, keys, side, s, margins[side])
-            row.update(cols)
-        row['sum_abs_gaps_db'] = sum(abs(row[f'gap_{side}_db']) for side in splits)
-        row['passes'] = all(row[f'passes_{side}'] for side in splits)
-        row['verdict'] = (
-            'at the oracle'
-            if row['passes']
-            else ', '.join(WORDS.get((side, w), f'{side} {w}') for side, w in words.items() if w != 'equivalent')
-        )
-        row.update(_forgetting(results, keys, splits['forget']))
-        if agreement is not None:
-            row.update(_images(above_floor(results, agreement, keys, splits['forget']), within))
-        if row['passes'] and row.get('passes_images') is False:
-            row['verdict'] = 'scores at the oracle, images not'
-        rows.append(
-            {
-                **row,
-                'oracle_seeds': margins['forget'].seeds,
-                'forget_split': splits['forget'],
-                'note': '; '.join(f'{side}: {m.note}' for side, m in margins.items() if m.note),
-            }
-        )
+    splits = {side: split for side, split in splits.items() if (results.split == split).any()}
+    margins = {side: margin(results, split, least, most) for side, split in splits.items()}
+    rows = [_row(results, agreement, name, splits, margins, within) for name in networks(results)]
     table = pd.DataFrame(rows).sort_values('sum_abs_gaps_db', kind='stable', ignore_index=True)
-    if hallucination is None:
-        return table
-
-    def named(t):
-        return t.assign(
-            **{k: t[k].astype(object).where(t[k].notna(), '') for k in KEYS}
-        )  # NaN equals nothing, not even in a merge
-
-    extra = (
-        named(table)[KEYS].merge(named(hallucination), on=KEYS, how='left', validate='one_to_one').drop(columns=KEYS)
-    )
-    return pd.concat([table, extra], axis=1)
+    return table if hallucination is None else _joined(table, hallucination)
