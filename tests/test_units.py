@@ -1,8 +1,8 @@
 """Multiplying all data by 1e-4 changes no table: nothing in the program knows the unit of the images.
 
 A factor of 2**-13 (1.2e-4) changes no digit of a floating-point number but its exponent, so there everything must be
-equal to the last bit. With 1e-4 each number is rounded anew, and a training carries rounding on; gradient ascent most.
-"""
+equal to the last bit. With 1e-4 each number is rounded anew, and a training carries rounding on; gradient ascent most
+of all."""
 
 import shutil
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelValidException
 from fastai.callback.schedule import *  # patches fit_one_cycle and lr_find onto Learner
-from fastai.learner import Learner, Metric
+from fastai.learner import Learner, Metric, Recorder
 from fastai.optimizer import Adam
 from fastcore.meta import delegates
 from torch import nn
@@ -125,7 +125,11 @@ class VolumeStore:
 class VolumeMetric(Metric):
     "Mean over volumes of a volume-level score, in fastai's table"
 
-    def __init__(self, func, store: VolumeStore):
+    def __init__(
+        self,
+        func,  # (target, prediction) -> score, of volumes [slices, h, w]
+        store: VolumeStore,  # shared by the metrics of one Learner
+    ):
         self.func, self.store = func, store
 
     def reset(self):
@@ -144,7 +148,7 @@ class VolumeMetric(Metric):
         return self.func.__name__
 
 
-def volume_metrics():
+def volume_metrics() -> list:  # of `VolumeMetric`
     "NMSE, PSNR and SSIM as fastai metrics that share one store"
     store = VolumeStore()
     return [VolumeMetric(f, store) for f in (nmse, psnr, ssim)]
@@ -153,7 +157,7 @@ def volume_metrics():
 class WorkMeter(Callback):
     "Counts slices that went forward and backward, and seconds of training"
 
-    order = 90
+    order = Recorder.order + 40  # after every callback that works on a step, whatever its method
 
     def __init__(self):
         self.slices, self.seconds = 0, 0.0
@@ -181,9 +185,13 @@ class SkipValidation(Callback):
 class ProgressBar(Callback):
     "One tqdm bar for a whole fit: title, epoch, loss, time left"
 
-    order = 95
+    order = WorkMeter.order + 5  # when a batch is done
 
-    def __init__(self, title='training', disable=None):
+    def __init__(
+        self,
+        title: str = 'training',  # in front of the bar
+        disable: bool = None,  # no bar; None: none where the output is no terminal
+    ):
         self.title, self.disable, self.bar = title, disable, None
 
     def before_fit(self):
@@ -228,22 +236,47 @@ def recon_learner(
     return Learner(dls, model, loss_func=loss, lr=lr, metrics=metrics, opt_func=kwargs.pop('opt_func', Adam), **kwargs)
 
 # %% ../../nbs/40_network.learner.ipynb #97f1e521
+def _read_state(path):
+    "What `_write_state` wrote"
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise DataError(f'{path}: damaged ({type(e).__name__}); delete it to train from the beginning') from e
+
+
+def _write_state(path, learn, losses):
+    "The state of a training after an epoch: plain numbers and tensors, so that it can be read safely"
+    meter, opt = getattr(learn, 'work_meter', None), learn.opt.state_dict()
+    plain = [{k: v if isinstance(v, bool) else float(v) for k, v in h.items()} for h in opt['hypers']]
+    state = dict(
+        epoch=learn.epoch + 1,
+        model=learn.model.state_dict(),
+        losses=losses,
+        state=list(opt['state']),
+        hypers=plain,
+        work=(meter.slices, meter.seconds) if meter else (0, 0.0),
+    )
+    with atomic_path(path) as tmp:
+        torch.save(state, tmp)
+
+# %% ../../nbs/40_network.learner.ipynb #c00c6317
 class Resume(Callback):
-    "Keeps the state of a training after an epoch (at most every `every` seconds), and goes on from a state that it finds"
+    "Keeps the state of a training after an epoch, and goes on from a state that it finds"
 
-    order = 96
+    order = ProgressBar.order + 1  # once an epoch is over for everybody else
 
-    def __init__(self, path, every=60):
+    def __init__(
+        self,
+        path,  # file of the state
+        every: float = 60,  # seconds between two states, at least
+    ):
         self.path, self.every = Path(path), every
 
     def before_fit(self):
         self.start, self.losses, self.saved = 0, [], time.perf_counter()
         if not self.path.is_file():
             return
-        try:
-            state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e:
-            raise DataError(f'{self.path}: damaged ({type(e).__name__}); delete it to train from the beginning') from e
+        state = _read_state(self.path)
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(dict(state=state['state'], hypers=state['hypers']))
         self.start, self.losses = state['epoch'], state['losses']
@@ -259,23 +292,9 @@ class Resume(Callback):
         if self.epoch < self.start:
             return
         self.losses.append(float(self.recorder.values[-1][0]))
-        if time.perf_counter() - self.saved < self.every or self.epoch + 1 == self.n_epoch:
-            return
-        meter, opt = getattr(self.learn, 'work_meter', None), self.opt.state_dict()
-        plain = [{k: v if isinstance(v, bool) else float(v) for k, v in h.items()} for h in opt['hypers']]
-        with atomic_path(self.path) as tmp:
-            torch.save(
-                dict(
-                    epoch=self.epoch + 1,
-                    model=self.model.state_dict(),
-                    losses=self.losses,
-                    state=list(opt['state']),
-                    hypers=plain,
-                    work=(meter.slices, meter.seconds) if meter else (0, 0.0),
-                ),
-                tmp,
-            )
-        self.saved = time.perf_counter()
+        if time.perf_counter() - self.saved >= self.every and self.epoch + 1 < self.n_epoch:
+            _write_state(self.path, self.learn, self.losses)
+            self.saved = time.perf_counter()
 
     def finish(self):
         self.path.unlink(missing_ok=True)  # for the caller, once the weights are safe
@@ -284,9 +303,13 @@ class Resume(Callback):
 class Tick(Callback):
     "Moves the bar of the run while a network is trained"
 
-    order = 95
+    order = ProgressBar.order  # when a batch is done
 
-    def __init__(self, progress, title):
+    def __init__(
+        self,
+        progress,  # bar of the run, with `say(words)` and `step(slices)`
+        title: str,  # what is being trained
+    ):
         self.progress, self.title = progress, title
 
     def before_epoch(self):

@@ -109,14 +109,14 @@ def _db(e, n, maxval):
 
 # %% ../../nbs/35_network.metrics.ipynb #6a7ac3cb
 def _as_volume(x, device=None):
-    "A volume [slices, h, w]: double precision on a GPU; elsewhere on the CPU, single, or double where it comes as doubles or integers."
+    """A volume [slices, h, w]: double precision on a GPU, single on the CPU.
+    On the CPU double, too, where it comes as doubles or integers."""
     x = torch.as_tensor(x, device=device).detach()
     if x.device.type != 'cuda':
         x = x.cpu()
     if not x.is_complex():
-        x = x.to(
-            torch.float32 if x.is_floating_point() and x.dtype != torch.float64 and not x.is_cuda else torch.float64
-        )
+        single = x.is_floating_point() and x.dtype != torch.float64 and not x.is_cuda
+        x = x.to(torch.float32 if single else torch.float64)
     return x[None] if x.ndim == 2 else x
 
 
@@ -128,7 +128,7 @@ def _no_holes(**volumes):
                 f'the {name.replace("_", " ")} holds {bad} values that are NaN or infinite: it cannot be scored'
             )
 
-
+# %% ../../nbs/35_network.metrics.ipynb #e36a4d70
 def _checked(gt, pred, maxval):
     "(gt, pred, maxval, energy of the error, energy of gt), volumes as numpy or on a GPU; or ValueError."
     gt = _as_volume(gt)
@@ -154,7 +154,8 @@ def _checked(gt, pred, maxval):
 
 # %% ../../nbs/35_network.metrics.ipynb #fdf4d1b3
 def _adds7(x, step, a, b):
-    "Sums of 7 values, `step` apart along the last axis of `x`, by way of 2 and 4: the arguments of `np.add`, and where the sums will be (in `b`)."
+    """Sums of 7 values, `step` apart along the last axis of `x`, by way of 2 and 4.
+    Returns the arguments of `np.add`, and where the sums will be (in `b`)."""
     n, m = x.shape[1] - step, x.shape[1] - 6 * step
     two, out = a[:, :n], b[:, :m]
     return [
@@ -164,9 +165,10 @@ def _adds7(x, step, a, b):
         (out, x[:, 6 * step :], out),
     ], out
 
-
+# %% ../../nbs/35_network.metrics.ipynb #11b0d1f3
 def _ssim_block(rows, w, dtype, maxval):
-    "`f(gt, pred)`: SSIM [rows, w-6] of all windows in rows+6 rows of `w` pixels, given as lines. The result is overwritten by the next call."
+    """`f(gt, pred)`: SSIM [rows, w-6] of all windows in rows+6 rows of `w` pixels, given as lines.
+    The result is overwritten by the next call."""
     size = (rows + 6) * w
     X, A, B = torch.empty((3, 4, -(-size // 16) * 16), dtype=getattr(torch, dtype.name)).numpy()[..., :size]
     down, S = _adds7(X, w, A, B)
@@ -218,7 +220,8 @@ def nmse(
     pred,  # Reconstruction, same shape
     maxval=None,  # Not used; here so that all three are called alike
 ) -> float:  # Share of the volume's energy that is error; 0 is perfect
-    "||gt - pred||^2 / ||gt||^2 over the whole volume, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume."
+    """||gt - pred||^2 / ||gt||^2 over the whole volume, as fastMRI's evaluate.py.
+    ValueError: shapes, NaN, empty or zero volume."""
     *_, e, E = _checked(gt, pred, None)
     return e / E
 
@@ -228,7 +231,8 @@ def psnr(
     pred,  # Reconstruction, same shape
     maxval=None,  # Peak, in the images' unit; None: the largest value of `gt`
 ) -> float:  # dB; infinite where both are equal
-    "10 log10(maxval^2/MSE) over the whole volume, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume."
+    """10 log10(maxval^2/MSE) over the whole volume, as fastMRI's evaluate.py.
+    ValueError: shapes, NaN, empty or zero volume."""
     gt, _, maxval, e, _ = _checked(gt, pred, maxval)
     return _db(e, gt.size, maxval)
 
@@ -238,7 +242,8 @@ def ssim(
     pred,  # Reconstruction, same shape
     maxval=None,  # Data range, in the images' unit; None: the largest value of the volume `gt`
 ) -> float:  # 1 is perfect
-    "Mean over the slices of SSIM, as fastMRI's evaluate.py. ValueError: shapes, NaN, empty or zero volume, sides below 7."
+    """Mean over the slices of SSIM, as fastMRI's evaluate.py.
+    ValueError: shapes, NaN, empty or zero volume, sides below 7."""
     return _ssim(*_checked(gt, pred, maxval)[:3])
 
 
@@ -255,6 +260,7 @@ def volume_scores(
 def square_crop(
     x,  # Volume or image, numpy or torch, [..., h, w]
 ):
-    "The central square as wide as the image, to which fastMRI's evaluate.py crops before it scores; all rows where there are fewer."
+    """The central square as wide as the image, to which fastMRI's evaluate.py crops before it scores.
+    All rows where there are fewer."""
     h, w = x.shape[-2:]
     return center_crop(x, (min(h, w), w))

@@ -40,6 +40,32 @@ def up_block(
     "Doubles the resolution: 2x2 transposed convolution, instance norm, leaky ReLU. fastMRI's `TransposeConvBlock`."
     return _named(nn.ConvTranspose2d(in_chans, out_chans, 2, stride=2, bias=False), *_norm_act(out_chans))
 
+# %% ../../nbs/31_network.unet.ipynb #bee98ee3
+def _check_images(x, num_pool_layers):
+    small = [n >> num_pool_layers for n in x.shape[-2:]]
+    if x.ndim != 4 or 0 in small or small == [1, 1]:
+        n = 2**num_pool_layers
+        raise ValueError(
+            f'expected [batch, channels, rows, columns] with rows and columns of at least {n}, one of them '
+            f'at least {2 * n} ({num_pool_layers} halvings and an instance norm), found shape {tuple(x.shape)}'
+        )
+
+
+def _down_and_up(net, x):
+    "Halve the resolution level by level, then double it again, each time beside what was there on the way down"
+    skips = []
+    for block in net.down_sample_layers:
+        skips.append(block(x))
+        x = F.avg_pool2d(skips[-1], 2)
+    x = net.conv(x)
+    for up, block in zip(net.up_transpose_conv, net.up_conv):
+        x, skip = up(x), skips.pop()
+        bottom, right = (a - b for a, b in zip(skip.shape[-2:], x.shape[-2:]))
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom), mode='reflect')
+        x = block(torch.cat([x, skip], dim=1))
+    return x
+
 # %% ../../nbs/31_network.unet.ipynb #bb8b74ba
 class UNet(nn.Module):
     "The U-Net of fastMRI 0.3 (`fastmri/models/unet.py`; Ronneberger et al. 2015), with the same state_dict keys."
@@ -68,37 +94,14 @@ class UNet(nn.Module):
         self.up_conv = nn.ModuleList([*conv[:-1], nn.Sequential(conv[-1], nn.Conv2d(chans, out_chans, 1))])
         self.up_transpose_conv = nn.ModuleList(transposed)
 
-    def _check(self, x):
-        small = [n >> self.num_pool_layers for n in x.shape[-2:]]
-        if x.ndim != 4 or 0 in small or small == [1, 1]:
-            n = 2**self.num_pool_layers
-            raise ValueError(
-                f'expected [batch, channels, rows, columns] with rows and columns of at least {n}, one of them '
-                f'at least {2 * n} ({self.num_pool_layers} halvings and an instance norm), found shape {tuple(x.shape)}'
-            )
-
     def forward(
         self,
         x: torch.Tensor,  # Images, float, [B, in_chans, h, w], normalised per slice
     ) -> torch.Tensor:  # Float, [B, out_chans, h, w]
         "Any size from `2**num_pool_layers` on; smaller ones and wrong axes raise ValueError."
-        self._check(x)
+        _check_images(x, self.num_pool_layers)
         with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
-            return self._run(x).to(x.dtype)
-
-    def _run(self, x):
-        skips = []
-        for block in self.down_sample_layers:
-            skips.append(block(x))
-            x = F.avg_pool2d(skips[-1], 2)
-        x = self.conv(x)
-        for up, block in zip(self.up_transpose_conv, self.up_conv):
-            x, skip = up(x), skips.pop()
-            bottom, right = (a - b for a, b in zip(skip.shape[-2:], x.shape[-2:]))
-            if bottom or right:
-                x = F.pad(x, (0, right, 0, bottom), mode='reflect')
-            x = block(torch.cat([x, skip], dim=1))
-        return x
+            return _down_and_up(self, x).to(x.dtype)
 
 # %% ../../nbs/31_network.unet.ipynb #76d05e7c
 def set_precision(

@@ -6,8 +6,6 @@
 __all__ = ['NormUNet', 'center_of', 'SensitivityModel', 'expand', 'reduce', 'VarNetBlock', 'VarNet']
 
 # %% ../../nbs/32_network.varnet.ipynb #06a42af2
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -92,16 +90,22 @@ class SensitivityModel(nn.Module):
         )  # nothing heard anywhere: no NaN
 
 # %% ../../nbs/32_network.varnet.ipynb #043bb358
-def expand(x, maps):
-    "Image -> k-space of all coils: complex [B, 1, H, W] -> [B, coils, H, W]"
+def expand(
+    x: torch.Tensor,  # Complex, [B, 1, H, W]: an image
+    maps: torch.Tensor,  # Complex, [B, coils, H, W]: what each coil sees of it
+) -> torch.Tensor:  # Complex, [B, coils, H, W]
+    "Image -> k-space of all coils"
     return fft2c(x * maps)
 
 
-def reduce(kspace, maps):
+def reduce(
+    kspace: torch.Tensor,  # Complex, [B, coils, H, W]
+    maps: torch.Tensor,  # Complex, [B, coils, H, W]: sensitivities of the coils
+) -> torch.Tensor:  # Complex, [B, 1, H, W]
     "k-space of all coils -> image: the adjoint of `expand`"
     return (ifft2c(kspace) * maps.conj()).sum(1, keepdim=True)
 
-
+# %% ../../nbs/32_network.varnet.ipynb #74c71a73
 class VarNetBlock(nn.Module):
     "One cascade: data consistency and prior; fastMRI 0.3's `VarNetBlock`."
 
@@ -128,9 +132,24 @@ class VarNetBlock(nn.Module):
         consistency, prior = self.terms(kspace, measured, mask, maps)
         return kspace - consistency - prior
 
+# %% ../../nbs/32_network.varnet.ipynb #5e9be58a
+def _check_kspace(kspace, mask):
+    if kspace.ndim != 4 or not kspace.is_complex():
+        raise ValueError(
+            f'expected complex k-space [batch, coils, rows, columns], found {kspace.dtype} {tuple(kspace.shape)}'
+        )
+    expected = (len(kspace), 1, 1, kspace.shape[-1])
+    if mask.shape != expected or mask.dtype != torch.bool:
+        raise ValueError(f'expected a bool mask {expected}, found {mask.dtype} {tuple(mask.shape)}')
+
+
+def _run(cascade, again, *args):
+    "A cascade; `again`: forget what is inside it, and run it once more in the backward pass"
+    return checkpoint(cascade, *args, use_reentrant=False) if again else cascade(*args)
+
 # %% ../../nbs/32_network.varnet.ipynb #4baee285
 class VarNet(nn.Module):
-    "The E2E-VarNet of fastMRI 0.3 (`fastmri/models/varnet.py`; Sriram et al. 2020), with the same state_dict keys, on complex tensors."
+    "The E2E-VarNet of fastMRI 0.3 (Sriram et al. 2020), with the same state_dict keys, on complex tensors."
 
     input = 'kspace'  # what it takes, see `network.weights.input_of`
     checkpoint = False  # True: recompute each cascade in the backward pass, for a fraction of the memory
@@ -150,28 +169,14 @@ class VarNet(nn.Module):
         self.sens_net = SensitivityModel(sens_chans, sens_pools, mask_center)
         self.cascades = nn.ModuleList([VarNetBlock(NormUNet(chans, pools)) for _ in range(num_cascades)])
 
-    def _check(self, kspace, mask):
-        if kspace.ndim != 4 or not kspace.is_complex():
-            raise ValueError(
-                f'expected complex k-space [batch, coils, rows, columns], found {kspace.dtype} {tuple(kspace.shape)}'
-            )
-        if mask.shape != (len(kspace), 1, 1, kspace.shape[-1]) or mask.dtype != torch.bool:
-            raise ValueError(
-                f'expected a bool mask {(len(kspace), 1, 1, kspace.shape[-1])}, found {mask.dtype} {tuple(mask.shape)}'
-            )
-
     def steps(self, masked_kspace, mask, num_low=None):
         "k-space after each cascade, [B, coils, H, W]; the first one is the input. Arguments as in `forward`."
-        self._check(masked_kspace, mask)
+        _check_kspace(masked_kspace, mask)
         maps, kspace = self.sens_net(masked_kspace, mask, num_low), masked_kspace
         yield kspace
         for cascade in self.cascades:
-            run = (
-                partial(checkpoint, cascade, use_reentrant=False)
-                if self.checkpoint and torch.is_grad_enabled()
-                else cascade
-            )
-            kspace = run(kspace, masked_kspace, mask, maps)
+            again = self.checkpoint and torch.is_grad_enabled()
+            kspace = _run(cascade, again, kspace, masked_kspace, mask, maps)
             yield kspace
 
     def forward(

@@ -35,7 +35,7 @@ def seeded(
 def new_unet(
     seed: int = 0,  # of the initial weights
     **kwargs,  # chans, num_pool_layers, … of `UNet`
-):
+) -> UNet:
     "A U-Net whose weights follow from the seed"
     with seeded(seed):
         return UNet(**kwargs)
@@ -44,7 +44,7 @@ def new_unet(
 def new_varnet(
     seed: int = 0,  # of the initial weights
     **kwargs,  # num_cascades, sens_chans, sens_pools, chans, pools of `VarNet`
-):
+) -> VarNet:
     "A VarNet whose weights follow from the seed"
     with seeded(seed):
         return VarNet(**kwargs)
@@ -86,14 +86,9 @@ def read_weights(
 # %% ../../nbs/38_network.weights.ipynb #8c3039e6
 def _unet_args(state, prefix=''):
     "Width, depth and channels of the U-Net whose weights begin with `prefix`"
-    first = state[f'{prefix}down_sample_layers.0.layers.0.weight']
-    pools = len(
-        {
-            k.split('.')[0]
-            for k in (n[len(prefix) + 19 :] for n in state if n.startswith(f'{prefix}down_sample_layers.'))
-        }
-    )
-    last = state[f'{prefix}up_conv.{pools - 1}.1.weight']
+    levels = f'{prefix}down_sample_layers.'
+    pools = len({name[len(levels) :].split('.')[0] for name in state if name.startswith(levels)})
+    first, last = state[f'{levels}0.layers.0.weight'], state[f'{prefix}up_conv.{pools - 1}.1.weight']
     return dict(in_chans=first.shape[1], out_chans=last.shape[0], chans=first.shape[0], num_pool_layers=pools)
 
 
@@ -101,7 +96,7 @@ def _varnet_args(state):
     "Numbers that make a VarNet, from its weights"
     sens, one = (_unet_args(state, f'{p}unet.') for p in ('sens_net.norm_unet.', 'cascades.0.model.'))
     return dict(
-        num_cascades=len({k.split('.')[1] for k in state if k.startswith('cascades.')}),
+        num_cascades=len({name.split('.')[1] for name in state if name.startswith('cascades.')}),
         sens_chans=sens['chans'],
         sens_pools=sens['num_pool_layers'],
         chans=one['chans'],
@@ -109,33 +104,39 @@ def _varnet_args(state):
     )
 
 
-MARKS = {
+MARKS = {  # a weight that only this kind of network has -> kind, what makes it; looked for in this order
     'cascades.0.dc_weight': (VarNet, _varnet_args),
     'down_sample_layers.0.layers.0.weight': (UNet, _unet_args),
-}  # in this order
+}
+
+# %% ../../nbs/38_network.weights.ipynb #00b94c28
+def _mark_of(state, path):
+    "The mark that the weights carry, and the prefix before it"
+    for mark in MARKS:
+        found = [name[: -len(mark)] for name in state if name.endswith(mark)]
+        if len(found) > 1:
+            raise DataError(f'{path}: holds several networks ({", ".join(found)}); save the one that is meant')
+        if found:
+            return mark, found[0]
+    raise DataError(
+        f'{path}: these are not the weights of a U-Net or VarNet; expected the names that fastMRI gives them'
+    )
 
 
 def load_network(
     path,  # written by `save_weights`, a state_dict of fastMRI's U-Net or VarNet, or a Lightning checkpoint of either
-):  # UNet or VarNet in eval mode
+) -> nn.Module:  # UNet or VarNet in eval mode
     "The network whose kind, width and depth are read off its weights; raises `DataError` for anything else"
     state = read_weights(path)
-    for mark, (kind, args) in MARKS.items():
-        found = [k[: -len(mark)] for k in state if k.endswith(mark)]
-        if len(found) > 1:
-            raise DataError(f'{path}: holds several networks ({", ".join(found)}); save the one that is meant')
-        if not found:
-            continue
-        state = {k[len(found[0]) :]: v for k, v in state.items() if k.startswith(found[0])}
-        try:
-            model = kind(**args(state))
-            model.load_state_dict(state)
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise DataError(f'{path}: these are not the weights of a {kind.__name__} ({str(e).splitlines()[0]})') from e
-        return model.eval()
-    raise DataError(
-        f'{path}: these are not the weights of a U-Net or VarNet; expected the names that fastMRI gives them'
-    )
+    mark, prefix = _mark_of(state, path)
+    kind, args = MARKS[mark]
+    state = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    try:
+        model = kind(**args(state))
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise DataError(f'{path}: these are not the weights of a {kind.__name__} ({str(e).splitlines()[0]})') from e
+    return model.eval()
 
 # %% ../../nbs/38_network.weights.ipynb #4de253ed
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # keep the network as `.module`
