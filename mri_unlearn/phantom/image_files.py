@@ -142,7 +142,7 @@ def _places(at, what):
     times = np.bincount(place)
     if len(set(times.tolist())) > 1:
         raise DataError(
-            f'{what}: some places have {times.min()} slices, others {times.max()}, expected the same number everywhere. '
+            f'{what}: some places have {times.min()} slices, others {times.max()}, expected the same number. '
             'Files are missing, or those of two scans are mixed: copy the whole series again.'
         )
     gaps = np.diff([at[place == p][0] for p in range(len(times))])
