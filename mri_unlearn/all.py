@@ -5,11 +5,25 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #4cf97961
+# %% ../nbs/99_all.ipynb #bda5fd89
 from .signal.kspace import *
 from .signal.masks import *
+
+# %% ../nbs/99_all.ipynb #1d225205
 from .machinery.disk import *
 from .machinery.workers import *
+
+# %% ../nbs/99_all.ipynb #996a711e
+from .data.header import *
+from .data.writing import *
+from .data.files import *
+from .data.volumes import *
+from .data.request import *
+from .data.slices import *
+from .data.loaders import *
+
+# %% ../nbs/99_all.ipynb #c4500077
+from .phantom.noise import *
 from .phantom.tissue import *
 from .phantom.brain import *
 from .phantom.knee import *
@@ -17,26 +31,25 @@ from .phantom.people import *
 from .phantom.contrast import *
 from .phantom.coils import *
 from .phantom.scanner import *
-from .data.header import *
-from .data.writing import *
-from .data.files import *
-from .data.volumes import *
 from .phantom.simulate import *
 from .phantom.untrained import *
 from .phantom.image_headers import *
 from .phantom.image_files import *
+from .phantom.image_pixels import *
 from .phantom.images import *
 from .phantom.image_sets import *
-from .data.request import *
-from .data.slices import *
-from .data.loaders import *
+
+# %% ../nbs/99_all.ipynb #8836dede
 from .network.unet import *
 from .network.varnet import *
 from .network.metrics import *
 from .network.weights import *
 from .network.learner import *
+
+# %% ../nbs/99_all.ipynb #29449eb8
 from .unlearn.catalog import *
 from .unlearn.core import *
+from .unlearn.by_hand import *
 from .unlearn.paper import *
 from .unlearn.teachers import *
 from .unlearn.losses import *
@@ -44,6 +57,9 @@ from .unlearn.targets import *
 from .unlearn.dampening import *
 from .unlearn.level import *
 from .unlearn.proxy import *
+from .unlearn.method_checks import *
+
+# %% ../nbs/99_all.ipynb #0b61505d
 from .verdict.names import *
 from .verdict.evaluate import *
 from .verdict.reconstruct import *
@@ -52,10 +68,16 @@ from .verdict.table import *
 from .verdict.checks import *
 from .verdict.hallucination import *
 from .verdict.planted import *
+
+# %% ../nbs/99_all.ipynb #b0654e6d
+from .show.reading import *
 from .show.figures import *
 from .show.plots import *
 from .show.report import *
+from .show.sections import *
 from .show.page import *
+
+# %% ../nbs/99_all.ipynb #4be3b199
 from .experiment.settings import *
 from .experiment.runs import *
 from .experiment.networks import *
@@ -66,4 +88,5 @@ from .experiment.protocol import *
 from .experiment.dryrun import *
 from .experiment.tuning import *
 
+# %% ../nbs/99_all.ipynb #95171fe4
 __all__ = [name for name in globals() if not name.startswith('_')]

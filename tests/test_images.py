@@ -1,4 +1,4 @@
-"""Folders of images as people have them: damaged, mixed, incomplete, killed half way; and what must not depend on any of that."""
+"""Folders of images as people have them: damaged, mixed, incomplete; and what must not depend on any of that."""
 
 import gzip
 import json
@@ -314,13 +314,17 @@ def test_two_workers_write_the_same_bytes(bids, whole, tmp_path):
 
 def test_killed_and_started_again(bids, whole, tmp_path):
     out = tmp_path / 'killed'
-    code = 'import sys\nfrom mri_unlearn.phantom.image_sets import simulate_from_images as s\ns(sys.argv[1], sys.argv[2], recon=32, slices=2, organ="brain", workers=1, progress=False)'
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    process, give_up = (
-        subprocess.Popen([sys.executable, '-c', code, str(bids), str(out)], env=env, stderr=subprocess.PIPE, text=True),
-        time.time() + 60,
+    code = (
+        'import sys\nfrom mri_unlearn.phantom.image_sets import simulate_from_images as s\n'
+        's(sys.argv[1], sys.argv[2], recon=32, slices=2, organ="brain", workers=1, progress=False)'
     )
-    finished = lambda: [p for p in out.rglob('*.h5') if not p.name.startswith('.')]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    command, give_up = [sys.executable, '-c', code, str(bids), str(out)], time.time() + 60
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    def finished():
+        return [p for p in out.rglob('*.h5') if not p.name.startswith('.')]
+
     while len(finished()) < 2:
         assert process.poll() is None and time.time() < give_up, process.stderr.read()
         time.sleep(0.002)
@@ -399,7 +403,10 @@ def test_missing_packages_are_named_and_arrays_need_none(tmp_path, monkeypatch):
 
 
 def test_the_module_imports_neither_package():
-    code = 'import sys; import mri_unlearn.phantom.image_sets; print([m for m in ("nibabel", "pydicom") if m in sys.modules])'
+    code = (
+        'import sys; import mri_unlearn.phantom.image_sets; '
+        'print([m for m in ("nibabel", "pydicom") if m in sys.modules])'
+    )
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     assert (
         subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,7 @@
-"""A run in two processes is a run in one, to the last bit; with the planted arm, the third organ and several seeds, which `tiny` leaves out."""
+"""A run in two processes is a run in one, to the last bit.
+
+With the planted arm, the third organ and several seeds, which `tiny` leaves out.
+"""
 
 import pandas as pd
 import pytest

@@ -9,6 +9,7 @@ import sys
 
 import nbformat
 import pytest
+import yaml
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -312,3 +313,13 @@ def test_a_notebook_that_prints_something_else_fails(tmp_path):
     nbformat.write(nb, path)
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_sidebar_has_every_chapter_once_and_reference_apart():
+    sections = yaml.safe_load((ROOT / 'nbs' / 'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar'][
+        'contents'
+    ]
+    listed = {s['section']: s['contents'] for s in sections[1:]}
+    assert sorted([sections[0], *sum(listed.values(), [])]) == sorted(str(p.relative_to('nbs')) for p in NBS)
+    says_so = {p.name for p in CHAPTERS if any(c.source.startswith('*Reference') for c in read(p).cells[:4])}
+    assert set(listed['Reference']) == says_so

@@ -1,4 +1,4 @@
-"""A protocol run that is killed, again and again, and started again ends with the tables of a run that was left alone."""
+"""A protocol run that is killed again and again, and started again, ends with the tables of one that was left alone."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def finish(out):
 
 
 def kill_when(out, pattern):
-    "Start the run and kill it with SIGKILL as soon as a file like `pattern` is there; its workers must end by themselves"
+    "Start the run and kill it by SIGKILL as soon as a file like `pattern` is there; its workers must end by themselves"
     process, give_up = start(out), time.time() + 300
     while not list(out.glob(pattern)):
         assert process.poll() is None, f'ended before {pattern} appeared: {process.stderr.read()}'

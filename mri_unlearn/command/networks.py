@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'new_model', 'train', 'methods', 'one_line', 'about', 'unlearn', 'add_unlearn', 'evaluate', 'reconstruct',
-           'add_train', 'add_scoring', 'add_commands']
+           'add_sizes', 'add_train', 'add_scoring', 'add_commands']
 
 # %% ../../nbs/92_command.networks.ipynb #9c0b14ac
 from pathlib import Path
@@ -205,6 +205,17 @@ def reconstruct(
     print(f'volumes reconstructed: {n}, there already: {len(index) - n}; {where}')
     say_skipped(index)
 
+# %% ../../nbs/92_command.networks.ipynb #1f7bae69
+def add_sizes(
+    p,  # parser of `train`
+):
+    "Options of `train` that say which network"
+    p.add_argument('--model', default='unet', choices=['unet', 'varnet'], help='kind of network')
+    p.add_argument('--cascades', type=positive, default=12, help='of a VarNet')
+    p.add_argument('--chans', type=positive, default=16, help='channels of the first level')
+    p.add_argument('--pools', type=positive, default=4, help='depth of the U-Net, or of those in a VarNet')
+    p.add_argument('--sens-chans', type=positive, default=8, help="channels of a VarNet's sensitivity network")
+
 # %% ../../nbs/92_command.networks.ipynb #9ef216fd
 def add_train(
     commands,  # what `argparse` returns for subcommands
@@ -217,13 +228,9 @@ def add_train(
     p.add_argument('--only', metavar='QUERY', help=f'train on these volumes only, {QUERY}')
     p.add_argument('--epochs', type=positive, default=12, help='passes over the training volumes')
     p.add_argument('--lr', type=float, default=3e-3, help='peak of the one-cycle schedule')
-    p.add_argument('--model', default='unet', choices=['unet', 'varnet'], help='kind of network')
-    p.add_argument('--cascades', type=positive, default=12, help='of a VarNet')
-    p.add_argument('--chans', type=positive, default=16, help='channels of the first level')
-    p.add_argument('--pools', type=positive, default=4, help='depth of the U-Net, or of those in a VarNet')
-    p.add_argument('--sens-chans', type=positive, default=8, help="channels of a VarNet's sensitivity network")
+    add_sizes(p)
 
-
+# %% ../../nbs/92_command.networks.ipynb #7d1689f7
 def add_scoring(
     commands,  # what `argparse` returns for subcommands
 ):

@@ -19,7 +19,7 @@ from fastai.learner import Learner, Metric, Recorder
 from fastai.optimizer import Adam
 from fastcore.meta import delegates
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..data.slices import Targets
 from ..machinery.disk import DataError, atomic_path

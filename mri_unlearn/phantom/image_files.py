@@ -23,7 +23,7 @@ from mri_unlearn.phantom.image_headers import (
     nifti_volumes,
     npy_volumes,
     optional_package,
-    patient_of,
+    patient_from,
 )
 
 # %% ../../nbs/24_phantom.image_files.ipynb #5a9fbdb2
@@ -142,7 +142,7 @@ def _places(at, what):
     times = np.bincount(place)
     if len(set(times.tolist())) > 1:
         raise DataError(
-            f'{what}: some places have {times.min()} slices, others {times.max()}, expected the same number everywhere. '
+            f'{what}: some places have {times.min()} slices, others {times.max()}, expected the same number. '
             'Files are missing, or those of two scans are mixed: copy the whole series again.'
         )
     gaps = np.diff([at[place == p][0] for p in range(len(times))])
@@ -180,7 +180,7 @@ def _find_series(root, frames, rule):
     name, text = f'{folder}/{first["series"]}'.lstrip('/'), first['text']
     what = f'{root / folder}, DICOM series {first["series"]} ({text or "without description"}, {len(frames)} slices)'
     found = [(s, steps) for stacks, steps in (_stacks(group, what) for group in _groups(frames)) for s in stacks]
-    patient = patient_of(first['rel'] if folder or rule else f'dicom/{first["rel"]}', first['patient'], rule)
+    patient = patient_from(first['rel'] if folder or rule else f'dicom/{first["rel"]}', first['patient'], rule)
     return [
         ImageVolume(
             root,
@@ -260,7 +260,7 @@ def without_folder(
 
 def search_images(
     root,  # folder, searched with its subfolders, or one file
-    rule: str = None,  # regular expression that finds the patient, see `patient_of`
+    rule: str = None,  # regular expression that finds the patient, see `patient_from`
     strict: bool = False,  # a file that cannot be used: True an error; False left out
 ):  # list of `ImageVolume` by patient and name; dict of what cannot be used: path -> reason
     "The volumes below `root`; raises `DataError` where there are none"
@@ -297,7 +297,7 @@ def warn_skipped(
 
 def find_images(
     root,  # folder, searched with its subfolders, or one file
-    patient: str = None,  # regular expression that finds the patient in a path; None: the rules of `patient_of`
+    patient: str = None,  # regular expression that finds the patient in a path; None: the rules of `patient_from`
     strict: bool = False,  # a file that cannot be used: True an error; False left out with a warning
 ) -> list:  # of `ImageVolume`, ordered by patient and name
     "List the image volumes in a folder by their headers; no pixel is read. Raises `DataError` where none can be used"

@@ -299,7 +299,7 @@ def simulate_from_images(
     slices: int = None,  # at most so many of each volume, from its middle; None: all that hold something
     val_fraction: float = 0.2,  # share of the patients in multicoil_val
     snr: float = None,  # mean signal / noise of what is added; None: about 30, less at the second site
-    patient: str = None,  # regular expression that finds the patient in a path below `images`; None: `patient_of`
+    patient: str = None,  # regular expression that finds the patient in a path below `images`; None: `patient_from`
     limit: int = None,  # at most so many volumes
     workers: int = None,  # processes; None: as many as there are cores, at most 2. Each holds one volume
     progress: bool = True,  # show a progress bar

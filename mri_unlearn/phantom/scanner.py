@@ -65,7 +65,7 @@ def to_kspace(
     W,  # phase-encoding lines
     oversample=2,  # field of view of the readout / extent of the fine grid
 ):  # complex64 [coils, H, W]
-    "Centred Fourier transform of fine images, truncated; scaled so that the orthonormal inverse gives the signal itself."
+    "Centred Fourier transform of fine images, truncated; scaled so that the orthonormal inverse gives the signal."
     c, n, m = x.shape
     if n * oversample < H or m < W:
         raise ValueError(f'the fine grid {n * oversample}x{m} must not be coarser than k-space {H}x{W}')

@@ -280,7 +280,7 @@ def layers_near_output(
         return list(model.cascades[-k:])
     return [layer for cascade in model.cascades for layer in layers_near_output(cascade.model.unet, which)]
 
-# %% ../../nbs/51_unlearn.dampening.ipynb #a607c5ed
+
 def _masks_of(layers, params):
     "True for each weight that lies in one of the layers"
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -345,9 +345,5 @@ def reset_ft(
     'saliency' is MSG of the NeurIPS 2023 unlearning challenge, with a larger share.
     Raises ValueError for another part or a share outside of 0 to 1, `DataError` where a network has no such layers.
     """
-    return [
-        Teacher('retain'),
-        ResetWeights(which, k, share, reset_seed, n),
-        RetainDescent(retain_weight),
-        KeepAnswers(distill),
-    ]
+    reset = ResetWeights(which, k, share, reset_seed, n)
+    return [Teacher('retain'), reset, RetainDescent(retain_weight), KeepAnswers(distill)]

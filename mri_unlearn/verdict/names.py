@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'KINDS', 'CONTROLS', 'NetworkName', 'networks', 'find_network', 'by_network', 'in_order', 'labels',
-           'forget_side', 'patient_of', 'mean_over_patients', 'key', 'same_key', 'job_name']
+           'forget_side', 'patient_of', 'mean_over_patients']
 
 # %% ../../nbs/55_verdict.names.ipynb #983acb0b
 import re
@@ -205,19 +205,3 @@ def mean_over_patients(
     "Means of `columns` for each group, where each patient counts once, however many volumes there are"
     each = rows.assign(patient=patient_of(rows)).groupby([*by, 'patient'], dropna=False, sort=False)[columns].mean()
     return each.groupby(level=list(range(len(by))), dropna=False, sort=False).mean()
-
-# %% ../../nbs/55_verdict.names.ipynb #8d36553a
-# until `experiment` names its networks by `NetworkName`
-def key(model, method='', seed=0, retain_fraction=np.nan):  # as `NetworkName.columns`
-    "The columns that name a network in every table"
-    return NetworkName(model, method, retain_fraction, seed).columns
-
-
-def same_key(table, keys):  # as `NetworkName.rows`
-    "Which rows of `table` belong to one network"
-    return _belongs(table, NetworkName.of(keys))
-
-
-def job_name(method, fraction, seed=0):  # as `NetworkName.stage`
-    "What the files of an unlearned network are called"
-    return NetworkName('unlearned', method, fraction, seed).stage
