@@ -9,6 +9,7 @@ differ by a twentieth, for training carries the rounding of a processor into the
 
 import re
 import sys
+from pathlib import Path
 
 import nbdev.test
 from execnb.shell import CaptureShell
@@ -106,5 +107,9 @@ def test_nb(fn, **kwargs):
 
 
 if __name__ == '__main__':
-    nbdev.test.test_nb = test_nb
+    # by its own name, for a notebook that is executed in a worker takes the name `__main__`
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import nbdev_test as by_name
+
+    nbdev.test.test_nb = by_name.test_nb
     nbdev.test.nbdev_test()
