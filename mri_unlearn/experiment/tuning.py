@@ -71,7 +71,10 @@ TRIALS = {
 def _trials_of(method, trials):
     "Trials of one method; raises `DataError` where there are none"
     if trials is None:
-        return TRIALS.get(find_method(method).name) or grid(lr=RATES)
+        try:
+            return TRIALS.get(find_method(method).name) or grid(lr=RATES)
+        except DataError as e:
+            raise DataError(f'no trials for {method!r}: {e}') from e
     if trials.get(method):
         return trials[method]
     others = ', '.join(m for m in trials if trials[m]) or 'no method'
