@@ -26,7 +26,7 @@ from .networks import input_kind, mask_of, new_network
 from .runs import limited, load_splits
 from .settings import Settings, prepare
 from ..machinery.workers import processes
-from ..network.learner import SkipValidation, recon_learner
+from ..network.learner import SkipValidation, WorkMeter, recon_learner
 from ..phantom.people import subject
 from ..phantom.simulate import PRESETS as DATA_SETS
 from ..phantom.simulate import plan_studies, simulate_volume
@@ -53,7 +53,7 @@ def planned_index(
 class _Stopwatch(Callback):
     "Seconds of each batch, with the device at rest before and after"
 
-    order = 99
+    order = WorkMeter.order + 9  # when a batch is done, after all others
 
     def now(self):
         if torch.cuda.is_available():

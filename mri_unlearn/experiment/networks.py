@@ -29,7 +29,7 @@ from ..unlearn.core import unlearn
 from ..verdict.evaluate import TraceScores, agreement, evaluate
 from ..verdict.evaluate import read_prediction, reconstruct_volumes, write_prediction
 from ..verdict.names import KEYS, NetworkName
-from ..verdict.planted import fixed_mask
+from ..signal.masks import fixed_mask
 
 # %% ../../nbs/77_experiment.networks.ipynb #edf8129d
 def input_kind(

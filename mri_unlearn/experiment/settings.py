@@ -8,11 +8,10 @@ __all__ = ['PAPER', 'PLACES', 'EXPERIMENTS', 'VARNET', 'DataSettings', 'RequestS
            'prepare']
 
 # %% ../../nbs/75_experiment.settings.ipynb #e706cfe3
-import inspect
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..machinery.disk import DataError
-from ..unlearn.catalog import METHODS, find_method
+from ..unlearn.catalog import METHODS, check_settings
 
 # %% ../../nbs/75_experiment.settings.ipynb #30420789
 def _outside(name, default):
@@ -112,7 +111,7 @@ class ExtraSettings:
 class Settings:
     "Every setting of a protocol run, by group"
 
-    seed: int = 1  # of data, splits and networks; the defaults were found with seed 0
+    seed: int = 1  # of data, splits and networks
     data: DataSettings = DataSettings()  # which volumes
     request: RequestSettings = RequestSettings()  # what is to be forgotten
     sampling: SamplingSettings = SamplingSettings()  # which lines of k-space
@@ -206,14 +205,7 @@ def _check_methods(settings):
     "Every method exists and takes its settings"
     own_settings = settings.unlearning.method_settings
     for name in (*settings.unlearning.methods, *settings.extras.hallucination, *own_settings):
-        find_method(name)
-    for name, given in own_settings.items():
-        takes, own = inspect.signature(METHODS[name].make), {k: v for k, v in given.items() if k != 'lr'}
-        try:
-            takes.bind(**own)
-            METHODS[name].make(**own)  # of its callbacks some refuse a value
-        except (TypeError, ValueError) as e:
-            raise DataError(f'settings of {name}: {e}; it takes lr and {takes}') from e
+        check_settings(name, own_settings.get(name, {}))
 
 
 def _check_numbers(settings):

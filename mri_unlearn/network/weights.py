@@ -104,7 +104,7 @@ def _varnet_args(state):
     )
 
 
-MARKS = {  # a weight that only this kind of network has -> kind, what makes it; looked for in this order
+MARKS = {  # a weight of this kind of network -> kind, its arguments; VarNet first, for it holds U-Nets
     'cascades.0.dc_weight': (VarNet, _varnet_args),
     'down_sample_layers.0.layers.0.weight': (UNet, _unet_args),
 }

@@ -126,9 +126,16 @@ def method(
     bs: int = None,  # slices in a step; None: as `unlearn` is told
     share: float = 1.0,  # of the budget for ordinary steps, above 0 and at most 1
 ) -> Callable:  # decorator of a function that returns callbacks
-    "Register an unlearning method under the name of the decorated function; ValueError for data of another kind"
+    """Register an unlearning method under the name of the decorated function, which returns fastai callbacks.
+
+    `@method('retain')` above `def my_method(weight=1.0): return [MyTerm(weight)]` is all. Another package makes its
+    methods known to every command by an entry point of the group `ENTRY_POINTS`; a new module of this package
+    joins `PROVIDERS`. Raises ValueError for data of another kind, and for a share that cannot be.
+    """
     if data not in _SIDES:
         raise ValueError(f"data must be 'retain', 'forget' or 'both', found {data!r}")
+    if not 0 < share <= 1 or (share < 1 and not bs):
+        raise ValueError(f'share must be above 0 and at most 1, and below 1 it needs bs; found share {share}, bs {bs}')
 
     def register(function):
         METHODS[function.__name__] = Method(function.__name__, data, all_retain, function, bs, share)

@@ -286,8 +286,8 @@ def unlearn(
     method: str = RECOMMENDED,  # name in METHODS
     retain_fraction: float = 1.0,  # share of the retain volumes that may be used, above 0 and at most 1
     epochs: int = 3,  # rounds; between rounds nothing but logging happens
-    steps: int = None,  # batches a round; None: one pass over the method's slices
-    bs: int = 8,  # slices a batch; joint methods take half from each side
+    steps: int = None,  # of the optimiser, a round, with `bs` slices each; None: one pass over the method's slices
+    bs: int = 8,  # slices a step, half of each side in joint methods; `Method.bs` cuts the same slices otherwise
     lr: float = 1e-3,  # learning rate, constant unless the method says otherwise
     clip: float = 0.5,  # largest norm of the gradient, as in the paper; None: no limit
     seed: int = 0,  # of the retain subset, the order, the masks, and of what a method draws itself

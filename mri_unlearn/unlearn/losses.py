@@ -46,9 +46,7 @@ def check_level(
 def forget_losses(
     learn: Learner,  # made by `unlearn`
     n: int = 16,  # forget slices of the training set to look at, evenly chosen
-) -> (
-    tuple
-):  # (loss of the network, loss of the zero-filled images), means over the slices, as the Learner's loss counts
+) -> tuple:  # (loss of the network, of the zero-filled images), means over slices, as the Learner's loss counts
     "How well the network, and no network, do on forget slices; the pass is put on the meter"
     start, training, found = time.perf_counter(), learn.model.training, []
     learn.model.eval()
@@ -66,7 +64,7 @@ def forget_losses(
 def forget_level(
     learn: Learner,  # made by `unlearn`
     level: float = 0.5,  # at least 0; what it counts is said by `of`
-    of: str = 'zero_filled',  # a row of the table above: 'zero_filled', 'start' or 'loss'
+    of: str = 'zero_filled',  # what `level` counts: 'zero_filled', 'start' or 'loss'
     n: int = 16,  # forget slices of the training set to look at, evenly chosen
 ) -> float:  # a loss, as the Learner's loss counts
     "The forget loss to aim at, found without an Oracle; raises ValueError for a level or a kind that makes no sense"
