@@ -5,10 +5,14 @@
 Compared is text: what cells print, and the text of tables that they show; pictures are not. Seconds, sizes in memory,
 paths, addresses and versions are masked, for they differ from machine to machine. Numbers with a decimal point may
 differ by a twentieth, for training carries the rounding of a processor into the digits; all else must be the same.
+Each notebook has a process of its own: what one registers, the next one does not see.
 """
 
+import multiprocessing
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nbdev.test
@@ -33,8 +37,11 @@ def plain(html):
 
 
 def text_of(cell):
-    "What a cell printed and showed, as text; without what it drew, and without what it wrote to stderr"
-    parts = []
+    """What a cell printed, then what it showed, as text; without what it drew, and without what it wrote to stderr.
+
+    Printed first, for Jupyter keeps the order of the two and nbdev's shell does not.
+    """
+    printed, showed = [], []
     for out in cell.get('outputs', []):
         data = {kind: ''.join(value) for kind, value in out.get('data', {}).items() if kind.startswith('text/')}
         drawn = any(kind.startswith('image/') for kind in out.get('data', {}))
@@ -43,8 +50,9 @@ def text_of(cell):
         shown = (
             plain(data['text/html']) if 'text/html' in data else data.get('text/markdown', data.get('text/plain', ''))
         )
-        parts.append(''.join(out.get('text', '')) or shown)
-    return '\n'.join(p.strip('\n') for p in parts if p.strip())
+        text = ''.join(out.get('text', ''))
+        (printed if text else showed).append(text or shown)
+    return '\n'.join(p.strip('\n') for p in printed + showed if p.strip())
 
 
 def masked(text):
@@ -106,10 +114,21 @@ def test_nb(fn, **kwargs):
     return passed, seconds
 
 
+def one_process_each(function, items, n_workers, pause=0, **kwargs):
+    "fastcore's `parallel` as nbdev calls it, with a new process for every item"
+    call = partial(function, **kwargs)
+    if n_workers < 1:
+        return [call(item) for item in items]
+    context = multiprocessing.get_context('spawn')
+    own = dict(initializer=multiprocessing.set_start_method, initargs=(None, True))  # in a notebook: as the system does
+    with ProcessPoolExecutor(n_workers, mp_context=context, max_tasks_per_child=1, **own) as pool:
+        return list(pool.map(call, items))
+
+
 if __name__ == '__main__':
     # by its own name, for a notebook that is executed in a worker takes the name `__main__`
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import nbdev_test as by_name
 
-    nbdev.test.test_nb = by_name.test_nb
+    nbdev.test.test_nb, nbdev.test.parallel = by_name.test_nb, by_name.one_process_each
     nbdev.test.nbdev_test()
