@@ -114,14 +114,18 @@ def test_nb(fn, **kwargs):
     return passed, seconds
 
 
+def as_usual():
+    "In a notebook, processes are started as the system does it, not as this one was"
+    multiprocessing.set_start_method(None, force=True)
+
+
 def one_process_each(function, items, n_workers, pause=0, **kwargs):
     "fastcore's `parallel` as nbdev calls it, with a new process for every item"
     call = partial(function, **kwargs)
     if n_workers < 1:
         return [call(item) for item in items]
     context = multiprocessing.get_context('spawn')
-    own = dict(initializer=multiprocessing.set_start_method, initargs=(None, True))  # in a notebook: as the system does
-    with ProcessPoolExecutor(n_workers, mp_context=context, max_tasks_per_child=1, **own) as pool:
+    with ProcessPoolExecutor(n_workers, context, as_usual, max_tasks_per_child=1) as pool:
         return list(pool.map(call, items))
 
 
