@@ -11,7 +11,7 @@ __all__ = ['PAPER', 'PLACES', 'EXPERIMENTS', 'VARNET', 'DataSettings', 'RequestS
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..machinery.disk import DataError
-from ..unlearn.catalog import METHODS, check_settings
+from ..unlearn.catalog import METHODS, check_settings, find_method
 
 # %% ../../nbs/75_experiment.settings.ipynb #30420789
 def _outside(name, default):
@@ -203,9 +203,10 @@ def _check_words(settings):
 
 def _check_methods(settings):
     "Every method exists and takes its settings"
-    own_settings = settings.unlearning.method_settings
-    for name in (*settings.unlearning.methods, *settings.extras.hallucination, *own_settings):
-        check_settings(name, own_settings.get(name, {}))
+    for name in (*settings.unlearning.methods, *settings.extras.hallucination):
+        find_method(name)
+    for name, given in settings.unlearning.method_settings.items():
+        check_settings(name, given)
 
 
 def _check_numbers(settings):
