@@ -105,23 +105,17 @@ def test_missing_and_empty_folder(tmp_path):
     fails(tmp_path.name, 'index', '--data', tmp_path)
 
 
+def unlearn_fails(says, scans, out, query, *more):
+    "`unlearn` of this request, with the network beside the scans, ends with one clear error"
+    fails(says, 'unlearn', '--data', scans, '--model', scans.parent / 'net.pt', '--out', out, '--forget', query, *more)
+
+
 @pytest.mark.parametrize(
     'query, says',
     [("organ == 'liver'", 'none'), ('slices > 0', 'all'), ('colour == 1', 'colour'), ('organ ==', 'organ ==')],
 )
 def test_requests_that_cannot_be_meant(scans, tmp_path, query, says):
-    fails(
-        says,
-        'unlearn',
-        '--data',
-        scans,
-        '--model',
-        scans.parent / 'net.pt',
-        '--out',
-        tmp_path / 'x.pt',
-        '--forget',
-        query,
-    )
+    unlearn_fails(says, scans, tmp_path / 'x.pt', query)
     assert not (tmp_path / 'x.pt').exists()
 
 
@@ -134,19 +128,7 @@ def test_requests_that_cannot_be_meant(scans, tmp_path, query, says):
     ],
 )
 def test_bad_settings(scans, tmp_path, extra, says):
-    fails(
-        says,
-        'unlearn',
-        '--data',
-        scans,
-        '--model',
-        scans.parent / 'net.pt',
-        '--out',
-        tmp_path / 'x.pt',
-        '--forget',
-        KNEE,
-        *extra,
-    )
+    unlearn_fails(says, scans, tmp_path / 'x.pt', KNEE, *extra)
 
 
 def test_results_survive_a_failure(scans, tmp_path):
