@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'endless', 'BatchPlan', 'LossTerm', 'LossTerms', 'OneStep', 'RetainDescent', 'ForgetDescent',
-           'ForgetAscent', 'WeightL1', 'NoisyLabels', 'unlearning_pool', 'unlearning_learner', 'unlearn']
+           'ForgetAscent', 'WeightL1', 'NoisyLabels', 'unlearning_pool', 'taught_volumes', 'unlearning_learner',
+           'unlearn']
 
 # %% ../../nbs/45_unlearn.core.ipynb #a8071511
 import inspect
@@ -223,13 +224,8 @@ class NoisyLabels(Callback):
         self.learn.yb = tuple(y._replace(target=target))
 
 # %% ../../nbs/45_unlearn.core.ipynb #ca326909
-def unlearning_pool(
-    learn: Learner,  # the Original
-    what,  # ForgetRequest, table with a `split` column, or DataLoaders
-    retain_fraction: float,  # share of the retain volumes that may be used, 0 < f <= 1
-    seed: int = 0,  # which retain volumes
-):  # table of training volumes, `split` in retain_train, forget_train
-    "The volumes that an unlearning method may look at"
+def _with_split(learn, what):
+    "The training volumes with their column `split`"
     if isinstance(what, DataLoaders):
         what = what.train_ds.volumes
     if isinstance(what, ForgetRequest):
@@ -239,10 +235,30 @@ def unlearning_pool(
         raise DataError(
             f"expected a ForgetRequest, a table with a column 'split' or DataLoaders; found {type(what).__name__}"
         )
-    forget = what[what.split == 'forget_train']
+    return what
+
+
+def unlearning_pool(
+    learn: Learner,  # the Original
+    what,  # ForgetRequest, table with a `split` column, or DataLoaders
+    retain_fraction: float,  # share of the retain volumes that may be used, 0 < f <= 1
+    seed: int = 0,  # which retain volumes
+) -> pd.DataFrame:  # training volumes, `split` in retain_train, forget_train
+    "The volumes that an unlearning method may look at"
+    volumes = _with_split(learn, what)
+    forget = volumes[volumes.split == 'forget_train']
     if not len(forget):
         raise DataError("nothing to forget: no volume has split 'forget_train'; check the request")
-    return pd.concat([retain_subset(what, retain_fraction, seed), forget])
+    return pd.concat([retain_subset(volumes, retain_fraction, seed), forget])
+
+
+def taught_volumes(
+    learn: Learner,  # the Original
+    what,  # as in `unlearning_pool`
+) -> pd.DataFrame:  # rows of the retained training volumes
+    "All that an Oracle would be trained on: what is known about it, not what a method may look at"
+    volumes = _with_split(learn, what)
+    return volumes[volumes.split == 'retain_train']
 
 # %% ../../nbs/45_unlearn.core.ipynb #c9e8b48f
 def unlearning_learner(
@@ -292,6 +308,7 @@ def unlearn(
     clip: float = 0.5,  # largest norm of the gradient, as in the paper; None: no limit
     seed: int = 0,  # of the retain subset, the order, the masks, and of what a method draws itself
     cbs=None,  # further callbacks
+    held_out: pd.DataFrame = None,  # retained scans that no network was trained on: they say how much is memory
     **settings,  # of the method: lam, alpha, forget_weight, retain_weight, …
 ) -> Learner:  # around the unlearned network, in eval mode; `loss_terms.history`: the mean of each term by round
     """Run an unlearning method on a copy of the network.
@@ -300,6 +317,7 @@ def unlearn(
     pool = unlearning_pool(learn, what, 1.0 if m.all_retain else retain_fraction, seed)
     callbacks = _callbacks(m, seed, settings)
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
+    student.held_out, student.taught = held_out, taught_volumes(learn, what)
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
     student.add_cbs(extra + list(cbs or []))
     student.budget *= epochs

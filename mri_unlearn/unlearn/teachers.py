@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORWARD', 'ASKED', 'ROUNDING', 'BOTTLENECK', 'SENSITIVITY', 'PARTS', 'FRESH', 'spend', 'outside', 'Teacher',
-           'image_difference', 'image_distance', 'rows_of', 'TeacherTerm', 'KeepAnswers', 'in_part', 'fresh', 'timed']
+           'image_difference', 'image_distance', 'rows_of', 'TeacherTerm', 'KeepAnswers', 'in_part', 'fresh', 'timed',
+           'mirrored', 'one_cycle', 'train_proxy']
 
 # %% ../../nbs/48_unlearn.teachers.ipynb #9ca39d76
 import re
@@ -16,6 +17,8 @@ from functools import partial
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import combined_cos
+from fastai.learner import Learner
 from torch import nn
 
 from ..data.slices import Targets
@@ -23,7 +26,7 @@ from ..data.loaders import buckets
 from ..machinery.disk import DataError
 from ..network.learner import to_image
 from ..network.weights import seeded, unwrapped
-from .core import LossTerm
+from .core import BatchPlan, LossTerm
 
 # %% ../../nbs/48_unlearn.teachers.ipynb #45bdc126
 FORWARD = 1 / 3  # of a forward-backward pass
@@ -219,3 +222,50 @@ def timed(
         yield
     finally:
         spend(learn, 0.0, time.perf_counter() - start)
+
+# %% ../../nbs/48_unlearn.teachers.ipynb #4ad18ce4
+def mirrored(
+    x: tuple,  # inputs of the network
+    y: Targets,  # of the same slices
+    seed: int,  # says which of the four ways: none, left to right, top to bottom, both
+    input: str,  # what the inputs are: 'image' or 'kspace'
+) -> tuple:  # (inputs, `Targets`)
+    "A batch of images and `Targets`, mirrored along none, one or both of their axes; k-space is left alone"
+    if input == 'kspace':
+        return x, y
+    flips = torch.randint(0, 4, (1,), generator=torch.Generator().manual_seed(seed)).item()
+    dims = [dim for bit, dim in ((1, -1), (2, -2)) if flips & bit]
+    return tuple(t.flip(dims) for t in x), y._replace(target=y.target.flip(dims), image=y.image.flip(dims))
+
+# %% ../../nbs/48_unlearn.teachers.ipynb #b6f20393
+def one_cycle(
+    peak: float,  # largest learning rate
+):  # function: share of the training that is over, 0 to 1 -> learning rate
+    "A one-cycle schedule: up during the first quarter, then down to nearly nothing"
+    return combined_cos(0.25, peak / 25, peak, peak / 1e5)
+
+
+def train_proxy(
+    learn: Learner,  # made by `unlearn`, before its first step
+    slices: float,  # how many forward-backward passes of one slice may be spent; at least one is
+    lr: float,  # peak of the one-cycle schedule
+    part: str = 'middle',  # what is drawn anew, a key of `PARTS`
+    seed: int = 0,  # of the new weights, the order of the slices and their mirroring
+) -> nn.Module:  # frozen, in eval mode
+    "The Original with a fresh part, shortly trained on the retained slices at hand; `DataError` where there are none"
+    dl, ds = learn.dls.train, learn.dls.train.dataset
+    retain = [i for i, (v, _) in enumerate(ds.items) if not ds.forget[v]]
+    if not retain:
+        raise DataError('a proxy needs retained slices; there are none at hand')
+    steps, proxy = max(1, int(slices)), fresh(learn.model, part, seed).requires_grad_(True).train()
+    opt, schedule = torch.optim.AdamW(proxy.parameters(), lr=lr), one_cycle(lr)
+    passes = dl.new(order=BatchPlan(retain, [], 1, steps, seed, ds.shape), seed=seed)
+    for i, batch in enumerate(passes):
+        for group in opt.param_groups:
+            group['lr'] = schedule(i / steps)
+        x, y = mirrored(batch[: ds.n_inp], Targets(*batch[ds.n_inp :]), (seed << 20) + i, ds.input)
+        opt.zero_grad()
+        learn.loss_func.per_item(proxy(*x), *y).mean().backward()
+        opt.step()
+        spend(learn, len(y.target))
+    return proxy.eval().requires_grad_(False)
