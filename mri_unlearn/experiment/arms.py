@@ -217,7 +217,8 @@ class _Tasks(_Data):
     def networks(self):
         "Networks that are scored"
         others = [NetworkName('zero_filled'), NetworkName('control', 'noise')]
-        return [*trained_networks(self.settings), *unlearning_plan(self.settings), *others]
+        trained = trained_networks(self.settings, self.splits)
+        return [*trained, *unlearning_plan(self.settings), *others]
 
     def network(self, name: NetworkName):  # of any kind; for the zero-filled image it is None
         "The network of that name with its weights"

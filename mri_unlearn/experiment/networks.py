@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINED_ON', 'SCORED', 'input_kind', 'mask_of', 'in_precision', 'new_network', 'scoring_loader', 'kept_bytes',
-           'kept_loader', 'forget_loaders', 'trained_networks', 'train_network', 'run_network', 'write_images',
-           'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan', 'unlearning_seed',
+           'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'train_network', 'run_network',
+           'write_images', 'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan', 'unlearning_seed',
            'unlearned_learner', 'run_method']
 
 # %% ../../nbs/77_experiment.networks.ipynb #09bbcee0
@@ -119,12 +119,24 @@ TRAINED_ON = {  # kind of network -> splits
 }
 
 
+def teaches_alone(
+    splits: pd.DataFrame,  # volumes with their column `split`
+) -> bool:
+    "Whether a network trained on the forget set alone says something: an organ of its own, or 40 % of all slices"
+    parts = {side: splits[splits.split == f'{side}_train'] for side in ('retain', 'forget')}
+    slices = {side: part.slices.sum() for side, part in parts.items()}
+    own = not set(parts['forget'].organ) & set(parts['retain'].organ)
+    return own or bool(slices['forget'] >= 0.4 * (slices['forget'] + slices['retain']))
+
+
 def trained_networks(
     settings: Settings,  # of a run
+    splits: pd.DataFrame = None,  # volumes with their column `split`; None: whatever they are
 ) -> list:  # of `NetworkName`
     "The networks that are trained from scratch: what unlearning starts from, and what it is compared with"
     oracles = [NetworkName('oracle', seed=i) for i in range(settings.training.oracle_seeds)]
-    return [NetworkName('original'), *oracles, NetworkName('forget_only')]
+    alone = [NetworkName('forget_only')] if splits is None or teaches_alone(splits) else []
+    return [NetworkName('original'), *oracles, *alone]
 
 
 def _training_seed(settings, network):
@@ -299,10 +311,12 @@ def run_method(
     keys = {k: v for k, v in network.columns.items() if k in TRACE}
     table = pd.DataFrame(trace.trace, columns=TRACE[3:]).assign(**keys)
     write_csv(run.out / 'stages' / f'{name}.trace.csv', table[TRACE])
+    level = getattr(learn, 'level_record', None)  # of methods that estimate what an Oracle would reach
     run.finish(
         name,
         slices=meter.slices,
         seconds=meter.seconds,
         terms=learn.loss_terms.history,
         retain_volumes=_retain_volumes(learn, network.method),
+        **({} if level is None else dict(level=level)),
     )

@@ -22,15 +22,18 @@ from ..show.figures import save_figure, show_reconstructions
 from ..show.page import write_figures, write_report
 from ..show.plots import plot_verdicts
 from ..verdict.evaluate import reconstruct_volumes
-from ..verdict.names import NetworkName, forget_side
+from ..verdict.names import NetworkName, forget_side, side_names
 
 # %% ../../nbs/81_experiment.protocol.ipynb #f59ca538
 def picture_volumes(
     splits: pd.DataFrame,  # volumes with their column `split`
 ) -> dict:  # split -> table of one row
-    "One retain and one forget volume to show, the first test volume of each side"
-    sides = 'retain_test', forget_side(splits)
-    return {split: splits[splits.split == split].sort_values('fname').iloc[[0]] for split in sides}
+    "One retain and one forget volume to show, the first of each side, of the same organ where there is one"
+    split = forget_side(splits)
+    forget = splits[splits.split == split].sort_values('fname').iloc[[0]]
+    retain = splits[splits.split == 'retain_test'].sort_values('fname')
+    same = retain[retain.organ.isin(forget.organ)]
+    return {'retain_test': (same if len(same) else retain).iloc[[0]], split: forget}
 
 
 def _shown(settings):
@@ -79,7 +82,8 @@ def verdict_figure(
         first = unlearning_plan(settings.replace(study=(), unlearn_seeds=1))
         rows = [r['model'] != 'unlearned' or NetworkName.of(r) in first for r in verdicts.to_dict('records')]
         shown = verdicts[rows].reset_index(drop=True)
-    save_figure(plot_verdicts(shown), run.out / 'figures' / 'verdicts.png')
+    names = side_names(pd.read_csv(run.out / 'volumes.csv'), settings.request.query)
+    save_figure(plot_verdicts(shown, names=names), run.out / 'figures' / 'verdicts.png')
 
 # %% ../../nbs/81_experiment.protocol.ipynb #d3daa3ba
 def start_run(

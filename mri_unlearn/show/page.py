@@ -17,7 +17,15 @@ from markupsafe import Markup
 from ..machinery.disk import atomic_path
 from .figures import CSS_DPI, DPI, save_figure
 from .plots import plot_gap_plane, plot_knowledge_matrix, plot_retain_fraction, plot_trace
-from .reading import has_oracle, is_simulated, provenance, read_run, split_sizes, with_gaps
+from mri_unlearn.show.reading import (
+    has_oracle,
+    is_simulated,
+    provenance,
+    read_run,
+    sides_of,
+    split_sizes,
+    with_gaps,
+)
 from mri_unlearn.show.report import (
     headline,
     section,
@@ -26,7 +34,7 @@ from mri_unlearn.show.report import (
     summary_table,
     to_markdown,
 )
-from .sections import as_cells
+from .sections import as_cells, on_these_scans
 
 # %% ../../nbs/74_show.page.ipynb #1ee0eb5e
 def _one_seed(trace):
@@ -36,18 +44,19 @@ def _one_seed(trace):
 
 def _drawn(run, retain_fraction, title):
     "name -> figure: all that can be drawn from the tables of this run"
+    names = sides_of(run)
     oracle = run.summary[run.summary.model.eq('oracle')][['retain_psnr', 'forget_psnr']].mean()
     level = {'retain': oracle.retain_psnr, 'forget': oracle.forget_psnr} if oracle.notna().all() else None
     tried = run.summary[run.summary.model.eq('unlearned') & (run.summary.retain_fraction > 0)]
     figures = {}
     if has_oracle(run.summary):
-        figures['gap_plane'] = plot_gap_plane(run.summary, retain_fraction, title)
+        figures['gap_plane'] = plot_gap_plane(run.summary, retain_fraction, title, names=names)
     if run.matrix is not None:
         figures['knowledge_matrix'] = plot_knowledge_matrix(run.matrix, title)
     if run.trace is not None:
-        figures['trace'] = plot_trace(_one_seed(run.trace), level, retain_fraction, title=title)
+        figures['trace'] = plot_trace(_one_seed(run.trace), level, retain_fraction, title=title, names=names)
     if has_oracle(run.summary) and (tried.groupby('method').retain_fraction.nunique() > 1).any():
-        figures['retain_fraction'] = plot_retain_fraction(with_gaps(run.summary), title)
+        figures['retain_fraction'] = plot_retain_fraction(with_gaps(run.summary), title, names)
     return figures
 
 
@@ -232,7 +241,11 @@ def _images(run, sections):
     "section -> its images in the order of its captions; the rest of the run's figures under 'figures'"
     paths = {path.stem: path for path in run.figures}
     shown = {
-        part.name: [_image(paths[name], caption) for name, caption in part.figures.items() if name in paths]
+        part.name: [
+            _image(paths[name], on_these_scans(caption, run.summary))
+            for name, caption in part.figures.items()
+            if name in paths
+        ]
         for part in sections
     }
     known = {name for part in sections for name in part.figures}
