@@ -97,7 +97,9 @@ _DATA = """<p>{% if simulated %}<strong>All data of this run are simulated.</str
 below is a finding about patients.
 {%- elif simulated is none %}The run did not record whether its data are simulated or measured.
 {%- else %}The data are files given by the user.{% endif %} {{ provenance[:1]|upper }}{{ provenance[1:] }}</p>
-{% if splits %}<p>The split is by patient: nobody stands on two sides of it.</p>
+{% if splits %}<p>{% if mixed %}Nobody stands both in training and in testing. The request goes through people:
+of {{ mixed }} it names some volumes and not all, as it was meant (<code>allow_mixed</code>), and what the others teach
+about them stays.{% else %}The split is by patient: nobody stands on two sides of it.{% endif %}</p>
 {{ t.table(splits.head, splits.rows, ['split', 'organ']) }}
 {% else %}<p>Sizes of the splits were not recorded. Volumes that were scored:</p>
 {{ t.table(scored.head, scored.rows, ['split', 'organ']) }}{% endif %}"""
@@ -108,6 +110,15 @@ _DATA_FIGURES = {
 }
 
 
+def _mixed(volumes):
+    "How many patients have volumes that are retained and others that are to be forgotten, in words; empty for none"
+    if volumes is None:
+        return ''
+    sides = volumes.split.str.startswith('forget').groupby(volumes.patient_id).nunique()
+    n = int((sides > 1).sum())
+    return f'{n} patient{"s" * (n > 1)}' if n else ''
+
+
 @section('The data', after='asked', template=_DATA, figures=_DATA_FIGURES)
 def _data(run):
     scored = run.results.groupby(['split', 'organ'], sort=False).volume.nunique().rename('volumes').reset_index()
@@ -115,6 +126,7 @@ def _data(run):
         simulated=is_simulated(run),
         provenance=provenance(run),
         splits=as_cells(split_sizes(run.volumes)) if run.volumes is not None else None,
+        mixed=_mixed(run.volumes),
         scored=as_cells(scored),
     )
 

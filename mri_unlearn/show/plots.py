@@ -310,7 +310,7 @@ def _state(row, side):
         return 'passes'
     if row.get(f'p_seeds_{side}', np.nan) < 0.05 and abs(row[f'gap_{side}_db']) > margin:
         return 'fails'
-    if side == 'forget' and 'like another Oracle' in row['verdict']:
+    if side == 'forget' and 'like another Oracle' in row.get('verdict', ''):
         return 'like'
     return 'fails' if row[f'high_{side}_db'] < -margin or row[f'low_{side}_db'] > margin else 'open'
 
