@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINED_ON', 'SCORED', 'input_kind', 'mask_of', 'in_precision', 'new_network', 'scoring_loader', 'kept_bytes',
-           'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'train_network', 'run_network',
-           'write_images', 'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan', 'unlearning_seed',
-           'unlearned_learner', 'run_method']
+           'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'training_seed', 'train_network',
+           'run_network', 'write_images', 'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan',
+           'unlearning_seed', 'unlearned_learner', 'run_method']
 
 # %% ../../nbs/77_experiment.networks.ipynb #09bbcee0
 import pandas as pd
@@ -139,7 +139,11 @@ def trained_networks(
     return [NetworkName('original'), *oracles, *alone]
 
 
-def _training_seed(settings, network):
+def training_seed(
+    settings: Settings,  # of a run
+    network: NetworkName,  # kind is one of `TRAINED_ON`
+) -> int:  # of its weights and of the order of the slices
+    "The seed of a training: another for each kind and each Oracle"
     return settings.seed + {'original': 0, 'oracle': 1000 * (network.seed + 1)}.get(network.kind, 500)
 
 # %% ../../nbs/77_experiment.networks.ipynb #9164cfb8
@@ -156,7 +160,7 @@ def train_network(
     meter, resume = WorkMeter(), Resume(run.out / 'stages' / f'{name}.state.pt')
     if run.done(name):
         return resume.finish()
-    rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], _training_seed(settings, network)
+    rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], training_seed(settings, network)
     about = dict(num_workers=settings.data.num_workers, input=input_kind(settings))
     dls = recon_dls(rows, rows.head(1), mask_of(settings), bs=t.bs, seed=seed, **about)
     cbs = [meter, SkipValidation(), Tick(progress, f'{title}train {network.label}'), resume]
