@@ -55,8 +55,8 @@ def plan_requests(
         splits, why = None, ''
         try:
             splits = split_by_request(volumes, own)
-        except NothingToForget as e:
-            why = str(e)
+        except NothingToForget:
+            why = 'none of the volumes that it names was used for training'
         except DataError as e:
             raise at_line(path, line.number, e) from e
         plans.append(Planned(folder_name(line.request.query), own, splits, why))
@@ -146,8 +146,9 @@ def request_table(
     rows: pd.DataFrame,  # with REQUEST_COLUMNS
 ) -> pd.DataFrame:  # strings
     "The table as people read it"
-    ran = rows.model.ne('')
-    table = {'request': rows['query'], 'network': network_names(rows[ran]).reindex(rows.index).fillna('–')}
+    runs = [network_names(run) for _, run in rows[rows.model.ne('')].groupby('name', sort=False)]
+    names = pd.concat(runs).reindex(rows.index) if runs else pd.Series(index=rows.index, dtype=object)
+    table = {'request': rows['query'], 'network': names.fillna('–')}
     table['retain data'] = rows.retain_fraction.map(lambda f: '–' if pd.isna(f) else f'{100 * f:.3g} %')
     table |= {heading: rows[c].map(lambda x, f=form: _cell(x, f)) for heading, (c, form) in _FORMS.items()}
     known = rows.level_low_db.notna() & rows.level_high_db.notna()
@@ -158,7 +159,8 @@ def request_table(
 
 # %% ../../nbs/85_experiment.study.ipynb #7f3d116a
 LEAD = [
-    'A row is the Original (nothing done) or an unlearned network of a request. Levels are PSNR on the forgotten '
+    'A row is the Original (nothing done) or an unlearned network of a request. Kind: competence, nobody else in the '
+    'data teaches it, or memory, others do; as the method found it, or else by whether scans of that organ stay. Levels are PSNR on the forgotten '
     'training scans, in dB over the zero-filled image: what the method saw before it began, what it aimed at (with its '
     'interval), and what the Oracles, which were never trained on these scans, reach. Gaps are to the Oracles. '
     'Strangers are held-out scans of the same organ that nobody asked to forget. Agreement is that of images with the '
