@@ -16,6 +16,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..machinery.disk import atomic_path
+from . import checks as _checks_of_runs
 from .figures import CSS_DPI, DPI, save_figure
 from .plots import plot_gap_plane, plot_knowledge_matrix, plot_retain_fraction, plot_trace
 from mri_unlearn.show.reading import (
@@ -38,6 +39,9 @@ from mri_unlearn.show.report import (
 from .sections import as_cells, on_these_scans
 
 # %% ../../nbs/74_show.page.ipynb #1ee0eb5e
+_REGISTERED = (_checks_of_runs,)  # its import registers sections
+
+
 def _one_seed(trace):
     "The trace of the first run of each method"
     return trace[trace.seed.eq(0)] if 'seed' in trace else trace

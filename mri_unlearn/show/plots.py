@@ -21,8 +21,7 @@ def _knowledge_cells(matrix):
     cols = list(dict.fromkeys(matrix.tested_on))
     rows = sorted(dict.fromkeys(matrix.trained_on), key=lambda row: cols.index(row) if row in cols else len(cols))
     psnr = matrix.pivot_table('psnr', 'trained_on', 'tested_on').reindex(index=rows, columns=cols)
-    teacher = {col: col if col in rows else 'both' for col in cols}  # who was trained on a column, alone if possible
-    own = pd.Series({col: psnr.loc[row, col] if row in rows else np.nan for col, row in teacher.items()})
+    own = pd.Series({col: psnr[col].get(col if col in rows else 'both', np.nan) for col in cols})  # trained on it
     return rows, cols, psnr, psnr - own
 
 
@@ -44,9 +43,7 @@ def plot_knowledge_matrix(
     title: str = '',  # what the data were
     ax=None,  # axes to draw on; None: a new figure
 ) -> Figure:
-    """Trained on (rows) against tested on (columns): PSNR, and the difference to the network trained on that column.
-
-    Where there is no such network, the difference is to the one that was trained on both."""
+    "Trained on (rows) against tested on (columns): PSNR, and the difference to who was trained on that column (or both)"
     rows, cols, psnr, difference = _knowledge_cells(df)
     spreads = _spreads(df, rows, cols)
     ax = _panel(ax, (1.2 + 1.5 * len(cols), 0.8 + 0.65 * len(rows)))
@@ -59,8 +56,7 @@ def plot_knowledge_matrix(
             if np.isnan(score):
                 ax.text(x, y, 'not tested', fontsize=8, **look)
                 continue
-            taught = row == col or row == 'both' and col not in rows
-            own = 'trained on it' if taught else '' if np.isnan(away) else f'{_minus(f"{away:+.1f}")} dB'
+            own = 'trained on it' if away == 0 else '' if np.isnan(away) else f'{_minus(f"{away:+.1f}")} dB'
             ax.text(x, y - 0.13, f'{score:.1f}{spreads.loc[row, col]} dB', fontsize=10, **look)
             ax.text(x, y + 0.24, own, fontsize=8, **look)
     ax.set_xticks(range(len(cols)), cols)
@@ -204,8 +200,7 @@ def plot_retain_fraction(
         ax.set_title(judged_scans(summary, names)[side], fontsize=9)
     axs[0, 0].set_ylabel('gap to the Oracle, dB')
     handles, said = axs[0, 0].get_legend_handles_labels()
-    ncols = min(5, len(said))
-    fig.legend(handles, said, loc='outside lower center', ncols=ncols, fontsize=8, frameon=False)
+    fig.legend(handles, said, loc='outside lower center', ncols=min(5, len(said)), fontsize=8, frameon=False)
     fig.suptitle('\n'.join(filter(None, [title, _band_said(summary, oracle_band(summary))])), fontsize=9)
     return fig
 
@@ -213,13 +208,13 @@ def plot_retain_fraction(
 def _trace_panel(ax, trace, oracle, floor, names):
     "One method of `plot_trace`: two curves, the Oracle's levels dashed, and a note where a curve leaves the panel"
     for side, height in (('retain', 0.66), ('forget', 0.48)):
-        psnr, colour = trace[f'{side}_psnr'].to_numpy(float), COLOURS[side]
-        ax.plot(trace.epoch, psnr, 'o-', ms=3, lw=1.5, color=colour, label=names[side])
+        psnr, colour, name = trace[f'{side}_psnr'].to_numpy(float), COLOURS[side], (names or {}).get(side, side)
+        ax.plot(trace.epoch, psnr, 'o-', ms=3, lw=1.5, color=colour, label=name)
         if oracle:
-            ax.axhline(oracle[side], color=colour, ls='--', lw=1, label=f'Oracle on {names[side]}')
+            ax.axhline(oracle[side], color=colour, ls='--', lw=1, label=f'Oracle on {name}')
         if np.nanmin(psnr) < floor:
             look = dict(fontsize=8, ha='right', bbox=dict(color='white', alpha=0.8, pad=1))
-            left = f'{names[side]} to {_minus(f"{np.nanmin(psnr):.0f}")} dB'
+            left = f'{name} to {_minus(f"{np.nanmin(psnr):.0f}")} dB'
             ax.text(0.97, height, left, color=colour, transform=ax.transAxes, **look)
     ax.set_ylim(bottom=floor)
 
@@ -256,8 +251,7 @@ def plot_trace(
     methods = list(dict.fromkeys(trace.method))
     fig, axs, cols = _panels(len(methods), (1.9, 1.7), cols)
     for ax, method in zip(axs.flat, methods):
-        rows = trace[trace.method.eq(method)].sort_values('epoch')
-        _trace_panel(ax, rows, oracle, floor, names or dict(retain='retain', forget='forget'))
+        _trace_panel(ax, trace[trace.method.eq(method)].sort_values('epoch'), oracle, floor, names)
         ax.set_title(method, fontsize=9)
     fig.set_figheight(fig.get_figheight() + 0.5)  # room for the legend
     for ax in axs[:, 0]:
@@ -308,11 +302,10 @@ def _state(row, side):
     margin = row[f'margin_{side}_db']
     if row[f'passes_{side}']:
         return 'passes'
-    if row.get(f'p_seeds_{side}', np.nan) < 0.05 and abs(row[f'gap_{side}_db']) > margin:
-        return 'fails'
-    if side == 'forget' and 'like another Oracle' in row.get('verdict', ''):
-        return 'like'
-    return 'fails' if row[f'high_{side}_db'] < -margin or row[f'low_{side}_db'] > margin else 'open'
+    fails = row.get(f'p_seeds_{side}', np.nan) < 0.05 and abs(row[f'gap_{side}_db']) > margin
+    fails |= row[f'high_{side}_db'] < -margin or row[f'low_{side}_db'] > margin
+    like = 'like' if side == 'forget' and 'like another Oracle' in row.get('verdict', '') else 'open'
+    return 'fails' if fails else like
 
 
 def _forest(ax, table, side, limit, scans):
@@ -344,8 +337,8 @@ def plot_verdicts(
     Green is shown to lie within the margin, red is shown to lie beyond, grey is neither."""
     fig, axs = new_axes(1, 2, (4, 1.15 + 0.24 * len(table)), sharey=True)
     said = 'green: shown to lie within the margin (grey band); red: shown to lie beyond; grey: neither'
-    like = [_state(row, 'forget') == 'like' for row in table.to_dict('records') if 'gap_forget_db' in table]
-    fig.suptitle(said + (_LIKE if any(like) else ''), fontsize=9)
+    like = 'p_seeds_forget' in table and any(_state(row, 'forget') == 'like' for row in table.to_dict('records'))
+    fig.suptitle(said + _LIKE * like, fontsize=9)
     for ax, side in zip(axs[0], ('retain', 'forget')):
         if f'gap_{side}_db' in table:
             _forest(ax, table, side, limit, judged_scans(table, names)[side])

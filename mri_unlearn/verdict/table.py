@@ -115,7 +115,7 @@ def _forgetting(results, name, split):
     low, high = bootstrap_interval(x, statistic=_fraction)
     return dict(forgetting_fraction=float(_fraction(*x)), forgetting_low=low, forgetting_high=high)
 
-# %% ../../nbs/59_verdict.table.ipynb #a93b2dde
+# %% ../../nbs/59_verdict.table.ipynb #660db2f0
 def _note(margins, row):
     "What must be known to read a row: odd margins, and what stands in for a test over patients"
     said = [f'{side}: {m.note}' for side, m in margins.items() if m.note]
@@ -138,7 +138,7 @@ def _strangers(results, name, least, most):
     columns = dict(gap_db=e.gap, low_db=e.low, high_db=e.high, margin_db=m.db, passes=e.passes, patients=e.n)
     return {_of_side(column, 'strangers'): value for column, value in columns.items()}, e.word
 
-
+# %% ../../nbs/59_verdict.table.ipynb #a93b2dde
 def _row(results, agreement, name, splits, margins, within):
     "What the table says of one network"
     row, words = name.columns, {}
