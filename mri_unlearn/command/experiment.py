@@ -37,7 +37,7 @@ def protocol_settings(
         settings['method_settings'] = read_method_settings(args.method_settings)
     return settings
 
-
+# %% ../../nbs/93_command.experiment.ipynb #eb090957
 def study(
     args,  # parsed options of `protocol`
     settings: dict,  # of `protocol_settings`, and how to read and to compute

@@ -79,7 +79,7 @@ def about_request(
     counts = dict(patients=forget.patient_id.nunique(), volumes=len(forget), kind=kind)
     return row | counts | dict(verdict='not yet run')
 
-
+# %% ../../nbs/85_experiment.outcomes.ipynb #3daf5cdd
 def _read(path):
     "A table of a run by network; empty where there is none"
     if not path.exists():

@@ -194,7 +194,7 @@ def _usable(volumes):
         )
     return usable
 
-
+# %% ../../nbs/76_experiment.runs.ipynb #da5d36df
 def load_volumes(
     out,  # Path: folder that simulated data go to
     settings: Settings,  # of a run
@@ -226,7 +226,7 @@ def split_by_request(
             raise DataError(f'request {request.query!r} leaves no volume in {side}: nothing could be compared')
     return splits
 
-
+# %% ../../nbs/76_experiment.runs.ipynb #e7cba929
 def load_splits(
     out,  # Path: folder of the run, for simulated data
     settings: Settings,  # of the run

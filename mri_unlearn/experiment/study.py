@@ -55,7 +55,7 @@ def _begin(out, preset, plan, data):
     run, splits = start_run(out / plan.name, preset, plan.settings, data, splits=plan.splits)
     return _Begun(plan, run, all_arms(run.out, plan.settings, splits, home=out))
 
-
+# %% ../../nbs/86_experiment.study.ipynb #47dde05b
 def _all_known(begun):
     "Networks that runs have trained"
     known = {}
@@ -99,7 +99,7 @@ def _finish(begun, known, at_once, devices, progress):
         write_results(run, settings, splits, begun.arms)
         write_timing(run, time.perf_counter() - start)
 
-
+# %% ../../nbs/86_experiment.study.ipynb #92b0434c
 def run_requests(
     file,  # str or Path: the requests, see `read_requests`
     preset: str = 'small',  # name in `EXPERIMENTS`
@@ -151,7 +151,7 @@ def _planned_rows(plans, arms, times, relative):
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/86_experiment.study.ipynb #c0bb4c10
 def dry_run_requests(
     file,  # as in `run_requests`
     preset: str = 'small',  # name in `EXPERIMENTS`
@@ -181,7 +181,7 @@ def dry_run_requests(
         table = _planned_rows(plans, arms, times, relative)
     return table, float(table.seconds.sum()) / at_once
 
-
+# %% ../../nbs/86_experiment.study.ipynb #a2ad91c7
 def describe_requests(
     table: pd.DataFrame,  # of `dry_run_requests`
     seconds: float,  # of `dry_run_requests`

@@ -172,7 +172,7 @@ def _stranger_rows(verdicts):
     }
     return as_cells(pd.DataFrame(columns))
 
-
+# %% ../../nbs/74_show.checks.ipynb #e8b1a8aa
 @section(
     'Who pays, and what stays',
     after='invented',
