@@ -87,6 +87,9 @@ from .experiment.tables import *
 from .experiment.protocol import *
 from .experiment.dryrun import *
 from .experiment.tuning import *
+from .experiment.requests import *
+from .experiment.outcomes import *
+from .experiment.study import *
 
 # %% ../nbs/99_all.ipynb #95171fe4
 __all__ = [name for name in globals() if not name.startswith('_')]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEST_ENDINGS', 'SPLITS', 'select_volumes', 'ForgetRequest', 'held_out_by_folder', 'held_out_by_patient',
-           'split_volumes', 'split_table', 'retain_subset']
+           'NothingToForget', 'split_volumes', 'split_table', 'retain_subset']
 
 # %% ../../nbs/28_data.request.ipynb #de74ee2d
 from dataclasses import asdict, dataclass
@@ -48,6 +48,7 @@ class ForgetRequest:
 
     query: str  # condition over the index: "organ == 'knee'", "patient_id in ['b0003', 'k0007']"
     reason: str = ''  # for the record
+    allow_mixed: bool = False  # let it name some volumes of a patient and retain the others
 
     def select(
         self,
@@ -67,7 +68,7 @@ class ForgetRequest:
         **kwargs,  # of `split_volumes`
     ):  # the index with a column `split`
         "The four parts of the data for this request, see `split_volumes`."
-        return split_volumes(index, self, **kwargs)
+        return split_volumes(index, self, **dict(allow_mixed=self.allow_mixed) | kwargs)
 
     def to_dict(self):
         "For a record, such as JSON."
@@ -147,7 +148,7 @@ def _check_leaks(index, is_test, forget, allow_mixed):
         raise DataError(
             f'patient {_names(both)}: the request names some of the volumes but not all, '
             'and what is learnt from the rest would stay. '
-            'Ask for whole patients, or say allow_mixed=True if that is meant.'
+            'Ask for whole patients, or say --allow-mixed (allow_mixed=True) if that is meant.'
         )
 
 # %% ../../nbs/28_data.request.ipynb #99171864
@@ -164,6 +165,10 @@ def _held_out(index, test, test_fraction, seed):
     return held_out_by_patient(index, test_fraction, seed)
 
 # %% ../../nbs/28_data.request.ipynb #c6ca2475
+class NothingToForget(DataError):
+    "A request that names volumes, but none that was used for training."
+
+
 def split_volumes(
     index: pd.DataFrame,  # one row a volume, from `index_volumes`
     request: ForgetRequest,  # what must go
@@ -175,8 +180,8 @@ def split_volumes(
     """Divide the volumes into what stays and what goes, for training and for testing.
 
     DataError: a patient would stand on two sides (the error names the patient), nothing to forget was used for
-    training, or nothing to retain would be left. `forget_test` may be empty, where a request names training
-    patients only."""
+    training (`NothingToForget`), or nothing to retain would be left. `forget_test` may be empty, where a request
+    names training patients only."""
     missing = [c for c in ('patient_id', 'organ', 'folder', 'fname') if c not in index]
     if missing:
         raise DataError(f'the index lacks the column {", ".join(missing)}. Make it with index_volumes.')
@@ -191,7 +196,8 @@ def split_volumes(
         ('forget_train', 'none of it was used for training, so there is nothing to unlearn'),
     ):
         if part not in split:
-            raise DataError(f'request {request.query!r} matches {forget.sum()} of {len(index)} volumes: {why}.')
+            error = NothingToForget if part == 'forget_train' else DataError
+            raise error(f'request {request.query!r} matches {forget.sum()} of {len(index)} volumes: {why}.')
     return index.assign(split=split)
 
 # %% ../../nbs/28_data.request.ipynb #6c4926ef

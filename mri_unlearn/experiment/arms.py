@@ -8,6 +8,7 @@ __all__ = ['Work', 'Stage', 'waves', 'run_stages', 'training_work', 'unlearning_
 # %% ../../nbs/78_experiment.arms.ipynb #e0774602
 import itertools
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from graphlib import CycleError, TopologicalSorter
@@ -121,6 +122,7 @@ def run_stages(
     n: int = None,  # processes; None: one a core (at most eight), or a device, or one where there is a GPU
     show: bool = True,  # a progress bar
     devices=None,  # names such as ['cuda:0', 'cuda:1'], one process after the other; None: what torch finds
+    progress=None,  # a bar that runs on over more than these stages, with say(text) and step(slices); None: an own one
 ) -> float:  # work that was done, in slices
     "Do what is still to be done, wave by wave; raises what a stage raises"
     todo = waves(stages)
@@ -128,11 +130,11 @@ def run_stages(
     if not todo:
         return 0
     try:
-        with Progress(ahead, show) as progress:
-            with Workers(processes(n, devices), progress, devices) as workers:
+        with nullcontext(progress) if progress else Progress(ahead, show) as bar:
+            with Workers(processes(n, devices), bar, devices) as workers:
                 for wave in todo:
                     workers.run([(stage.run,) for stage in wave])
-            progress.say('done')
+            bar.say('done')
     finally:
         forget_loaders()
     return ahead
@@ -217,7 +219,8 @@ class _Tasks(_Data):
     def networks(self):
         "Networks that are scored"
         others = [NetworkName('zero_filled'), NetworkName('control', 'noise')]
-        return [*trained_networks(self.settings), *unlearning_plan(self.settings), *others]
+        trained = trained_networks(self.settings, self.splits)
+        return [*trained, *unlearning_plan(self.settings), *others]
 
     def network(self, name: NetworkName):  # of any kind; for the zero-filled image it is None
         "The network of that name with its weights"

@@ -18,12 +18,11 @@ import torch
 from fastai.callback.core import Callback
 
 from ..data.loaders import ReconDL, recon_dls
-from ..data.request import ForgetRequest
 from ..data.slices import SliceDataset
 from ..data.volumes import index_volumes
 from .extras import all_arms
 from .networks import input_kind, mask_of, new_network
-from .runs import limited, load_splits
+from .runs import limited, load_splits, request_of
 from .settings import Settings, prepare
 from ..machinery.workers import processes
 from ..network.learner import SkipValidation, WorkMeter, recon_learner
@@ -174,7 +173,7 @@ def _splits_and_extras(settings, data, folder, index):
     "Volumes as a run would have them, and whether their files will tell objects and coils; None: look into them"
     if data or not settings.data.preset:
         return load_splits(None, settings, data, **index), None
-    request = ForgetRequest(settings.request.query, settings.request.reason)
+    request = request_of(settings)
     planned = planned_index(settings.data.preset, folder, settings.seed)
     splits = request.split(planned, test=settings.data.test, seed=settings.seed)
     return limited(splits, settings.data.limit_volumes), True

@@ -6,6 +6,8 @@
 __all__ = ['has_extras', 'planted_settings', 'PlantedArm', 'judged_networks', 'NullSpace', 'ThirdOrgan', 'all_arms']
 
 # %% ../../nbs/79_experiment.extras.ipynb #ac9b3824
+from pathlib import Path
+
 import pandas as pd
 
 from ..data.files import read_extras
@@ -166,8 +168,9 @@ class ThirdOrgan:
     def __init__(
         self,
         arm: Arm,  # whose networks are scored
+        home=None,  # folder for the scans, where several runs share them; None: that of the run
     ):
-        self.arm, self.folder = arm, arm.out / 'third'
+        self.arm, self.folder = arm, Path(home or arm.out) / 'third'
 
     def write_data(
         self,
@@ -203,6 +206,7 @@ def all_arms(
     settings: Settings,  # of the run
     splits: pd.DataFrame,  # volumes with their column `split`
     extras: bool = None,  # whether the files tell objects and coils; None: look
+    home=None,  # folder of what several runs share, such as scans of a third organ; None: `out`
 ) -> list:  # the main `Arm` first; all have title, write_data and stages
     "The arms of a run; nothing is written but empty folders"
     arm = Arm(out, settings, splits)
@@ -210,5 +214,5 @@ def all_arms(
     if settings.extras.hallucination and (all(map(has_extras, splits.path)) if extras is None else extras):
         arms += [PlantedArm.beside(arm), NullSpace(arm)]
     if settings.extras.third and (splits.source == 'anatomy').all():
-        arms.append(ThirdOrgan(arm))
+        arms.append(ThirdOrgan(arm, home))
     return arms

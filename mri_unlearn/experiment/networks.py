@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINED_ON', 'SCORED', 'input_kind', 'mask_of', 'in_precision', 'new_network', 'scoring_loader', 'kept_bytes',
-           'kept_loader', 'forget_loaders', 'trained_networks', 'train_network', 'run_network', 'write_images',
-           'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan', 'unlearning_seed',
-           'unlearned_learner', 'run_method']
+           'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'training_seed', 'train_network',
+           'run_network', 'write_images', 'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan',
+           'unlearning_seed', 'unlearned_learner', 'run_method']
 
 # %% ../../nbs/77_experiment.networks.ipynb #09bbcee0
 import pandas as pd
@@ -119,15 +119,31 @@ TRAINED_ON = {  # kind of network -> splits
 }
 
 
+def teaches_alone(
+    splits: pd.DataFrame,  # volumes with their column `split`
+) -> bool:
+    "Whether a network trained on the forget set alone says something: an organ of its own, or 40 % of all slices"
+    parts = {side: splits[splits.split == f'{side}_train'] for side in ('retain', 'forget')}
+    slices = {side: part.slices.sum() for side, part in parts.items()}
+    own = not set(parts['forget'].organ) & set(parts['retain'].organ)
+    return own or bool(slices['forget'] >= 0.4 * (slices['forget'] + slices['retain']))
+
+
 def trained_networks(
     settings: Settings,  # of a run
+    splits: pd.DataFrame = None,  # volumes with their column `split`; None: whatever they are
 ) -> list:  # of `NetworkName`
     "The networks that are trained from scratch: what unlearning starts from, and what it is compared with"
     oracles = [NetworkName('oracle', seed=i) for i in range(settings.training.oracle_seeds)]
-    return [NetworkName('original'), *oracles, NetworkName('forget_only')]
+    alone = [NetworkName('forget_only')] if splits is None or teaches_alone(splits) else []
+    return [NetworkName('original'), *oracles, *alone]
 
 
-def _training_seed(settings, network):
+def training_seed(
+    settings: Settings,  # of a run
+    network: NetworkName,  # kind is one of `TRAINED_ON`
+) -> int:  # of its weights and of the order of the slices
+    "The seed of a training: another for each kind and each Oracle"
     return settings.seed + {'original': 0, 'oracle': 1000 * (network.seed + 1)}.get(network.kind, 500)
 
 # %% ../../nbs/77_experiment.networks.ipynb #9164cfb8
@@ -144,7 +160,7 @@ def train_network(
     meter, resume = WorkMeter(), Resume(run.out / 'stages' / f'{name}.state.pt')
     if run.done(name):
         return resume.finish()
-    rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], _training_seed(settings, network)
+    rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], training_seed(settings, network)
     about = dict(num_workers=settings.data.num_workers, input=input_kind(settings))
     dls = recon_dls(rows, rows.head(1), mask_of(settings), bs=t.bs, seed=seed, **about)
     cbs = [meter, SkipValidation(), Tick(progress, f'{title}train {network.label}'), resume]
@@ -299,10 +315,12 @@ def run_method(
     keys = {k: v for k, v in network.columns.items() if k in TRACE}
     table = pd.DataFrame(trace.trace, columns=TRACE[3:]).assign(**keys)
     write_csv(run.out / 'stages' / f'{name}.trace.csv', table[TRACE])
+    level = getattr(learn, 'level_record', None)  # of methods that estimate what an Oracle would reach
     run.finish(
         name,
         slices=meter.slices,
         seconds=meter.seconds,
         terms=learn.loss_terms.history,
         retain_volumes=_retain_volumes(learn, network.method),
+        **({} if level is None else dict(level=level)),
     )

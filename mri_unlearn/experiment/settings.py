@@ -35,6 +35,7 @@ class RequestSettings:
 
     query: str = "organ == 'knee'"  # conditions over the columns of the index
     reason: str = 'the organ should not have been part of the training set'  # as the report repeats it
+    allow_mixed: bool = False  # let the query name some volumes of a patient and retain the others
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from .figures import COLOURS, _panel, method_looks, new_axes, place_labels
-from .reading import one_per_method, oracle_band, tested, with_gaps
+from .reading import judged_scans, one_per_method, oracle_band, tested, with_gaps
 from ..verdict.names import KINDS, NetworkName, labels
 
 # %% ../../nbs/71_show.plots.ipynb #f0a65deb
@@ -21,7 +21,7 @@ def _knowledge_cells(matrix):
     cols = list(dict.fromkeys(matrix.tested_on))
     rows = sorted(dict.fromkeys(matrix.trained_on), key=lambda row: cols.index(row) if row in cols else len(cols))
     psnr = matrix.pivot_table('psnr', 'trained_on', 'tested_on').reindex(index=rows, columns=cols)
-    own = pd.Series({col: psnr.loc[col, col] if col in rows else np.nan for col in cols})
+    own = pd.Series({col: psnr[col].get(col if col in rows else 'both', np.nan) for col in cols})  # trained on it
     return rows, cols, psnr, psnr - own
 
 
@@ -43,7 +43,7 @@ def plot_knowledge_matrix(
     title: str = '',  # what the data were
     ax=None,  # axes to draw on; None: a new figure
 ) -> Figure:
-    "Trained on (rows) against tested on (columns): PSNR, and the difference to the network trained on that organ"
+    "Trained on (rows) against tested on (columns): PSNR, and the difference to who was trained on that column (or both)"
     rows, cols, psnr, difference = _knowledge_cells(df)
     spreads = _spreads(df, rows, cols)
     ax = _panel(ax, (1.2 + 1.5 * len(cols), 0.8 + 0.65 * len(rows)))
@@ -56,7 +56,7 @@ def plot_knowledge_matrix(
             if np.isnan(score):
                 ax.text(x, y, 'not tested', fontsize=8, **look)
                 continue
-            own = 'trained on it' if row == col else '' if np.isnan(away) else f'{_minus(f"{away:+.1f}")} dB'
+            own = 'trained on it' if away == 0 else '' if np.isnan(away) else f'{_minus(f"{away:+.1f}")} dB'
             ax.text(x, y - 0.13, f'{score:.1f}{spreads.loc[row, col]} dB', fontsize=10, **look)
             ax.text(x, y + 0.24, own, fontsize=8, **look)
     ax.set_xticks(range(len(cols)), cols)
@@ -93,7 +93,7 @@ def _rim(ax):
     ax.annotate('← over-forgotten', (1, 0), (5, -6), xycoords=side, rotation=90, va='top', **look)
 
 
-def _plane(ax, band):
+def _plane(ax, band, scans):
     "Zero lines, the band of the Oracle, and the names of axes and halves"
     ax.axhline(0, color='.6', lw=0.8, zorder=0)
     ax.axvline(0, color='.6', lw=0.8, zorder=0)
@@ -101,8 +101,8 @@ def _plane(ax, band):
     if not np.isnan(band['retain']):
         ax.axvspan(-band['retain'], band['retain'], **look)
         ax.axhspan(-band['forget'], band['forget'], **look)
-    ax.set_xlabel('gap to the Oracle on retain test volumes, dB')
-    ax.set_ylabel('gap to the Oracle on forget test volumes, dB')
+    ax.set_xlabel(f'gap to the Oracle on {scans["retain"]}, dB')
+    ax.set_ylabel(f'gap to the Oracle on {scans["forget"]}, dB')
     _rim(ax)
 
 # %% ../../nbs/71_show.plots.ipynb #b6997832
@@ -126,6 +126,7 @@ def plot_gap_plane(
     retain_fraction: float = 0.1,  # 0 to 1; where a method was run at several, the nearest is drawn
     title: str = '',  # what the data were
     ax=None,  # axes to draw on; None: a new figure
+    names: dict = None,  # what to call the sides, of `sides_of`; None: retain and forget
 ) -> Figure:
     """Gap on retain (across) against gap on forget (up), dB: one labelled marker a network, the Oracle at the origin.
 
@@ -137,12 +138,12 @@ def plot_gap_plane(
     band, ax = oracle_band(summary), _panel(ax, (6.6, 5.2))
     for axis, column in zip('xy', gaps):
         _gap_scale(ax, points[column], axis)
-    _plane(ax, band)
+    _plane(ax, band, judged_scans(summary, names))
     for model, group in points.groupby('model', sort=False):
         ax.scatter(group.gap_retain_db, group.gap_forget_db, zorder=3, **_MARKERS.get(model, _OTHER))
     ax.set_title(f'{title}\n{_band_said(summary, band)}'.strip(), fontsize=9, pad=18)
-    names = [KINDS[name][0] if name in KINDS else name for name in points.name]  # a method has its own
-    place_labels(ax, dict(zip(names, points[gaps].to_numpy())))
+    called = [KINDS[name][0] if name in KINDS else name for name in points.name]  # a method has its own
+    place_labels(ax, dict(zip(called, points[gaps].to_numpy())))
     return ax.figure
 
 # %% ../../nbs/71_show.plots.ipynb #887385ea
@@ -177,12 +178,12 @@ def _gap_panel(ax, summary, side, band, methods):
         ax.axhline(original, color=COLOURS['original'], ls='--', lw=1, label=KINDS['original'][1])
     _fraction_axis(ax, summary.loc[summary.method.isin(methods), 'retain_fraction'])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _minus(f'{v:+g}') if v else '0'))
-    ax.set_title(f'{side} test volumes', fontsize=9)
 
 # %% ../../nbs/71_show.plots.ipynb #85d21eb6
 def plot_retain_fraction(
     summary: pd.DataFrame,  # a run's summary with some methods at several retain fractions
     title: str = '',  # what the data were
+    names: dict = None,  # what to call the sides, of `sides_of`; None: retain and forget
 ) -> Figure:
     """Both gaps (dB) against the retain fraction: a line a method, the mean of its seeds, which are dots.
 
@@ -196,24 +197,24 @@ def plot_retain_fraction(
     fig, axs = new_axes(1, 2, (3.4, 2.9))
     for ax, side in zip(axs[0], ('retain', 'forget')):
         _gap_panel(ax, summary, side, oracle_band(summary), methods)
+        ax.set_title(judged_scans(summary, names)[side], fontsize=9)
     axs[0, 0].set_ylabel('gap to the Oracle, dB')
-    handles, names = axs[0, 0].get_legend_handles_labels()
-    ncols = min(5, len(names))
-    fig.legend(handles, names, loc='outside lower center', ncols=ncols, fontsize=8, frameon=False)
+    handles, said = axs[0, 0].get_legend_handles_labels()
+    fig.legend(handles, said, loc='outside lower center', ncols=min(5, len(said)), fontsize=8, frameon=False)
     fig.suptitle('\n'.join(filter(None, [title, _band_said(summary, oracle_band(summary))])), fontsize=9)
     return fig
 
 # %% ../../nbs/71_show.plots.ipynb #6db7c8b9
-def _trace_panel(ax, trace, oracle, floor):
+def _trace_panel(ax, trace, oracle, floor, names):
     "One method of `plot_trace`: two curves, the Oracle's levels dashed, and a note where a curve leaves the panel"
     for side, height in (('retain', 0.66), ('forget', 0.48)):
-        psnr, colour = trace[f'{side}_psnr'].to_numpy(float), COLOURS[side]
-        ax.plot(trace.epoch, psnr, 'o-', ms=3, lw=1.5, color=colour, label=side)
+        psnr, colour, name = trace[f'{side}_psnr'].to_numpy(float), COLOURS[side], (names or {}).get(side, side)
+        ax.plot(trace.epoch, psnr, 'o-', ms=3, lw=1.5, color=colour, label=name)
         if oracle:
-            ax.axhline(oracle[side], color=colour, ls='--', lw=1, label=f'Oracle on {side}')
+            ax.axhline(oracle[side], color=colour, ls='--', lw=1, label=f'Oracle on {name}')
         if np.nanmin(psnr) < floor:
             look = dict(fontsize=8, ha='right', bbox=dict(color='white', alpha=0.8, pad=1))
-            left = f'{side} to {_minus(f"{np.nanmin(psnr):.0f}")} dB'
+            left = f'{name} to {_minus(f"{np.nanmin(psnr):.0f}")} dB'
             ax.text(0.97, height, left, color=colour, transform=ax.transAxes, **look)
     ax.set_ylim(bottom=floor)
 
@@ -239,8 +240,9 @@ def plot_trace(
     retain_fraction: float = 0.1,  # 0 to 1; where a method was run at several, the nearest is drawn
     cols: int = 4,  # panels in a row
     title: str = '',  # what the data were
+    names: dict = None,  # what to call the sides, of `sides_of`; None: retain and forget
 ) -> Figure:
-    "PSNR on retain and forget test volumes over the epochs of unlearning, one small panel a method, all on one scale"
+    "PSNR on both sides over the epochs of unlearning, one small panel a method, all on one scale"
     away = (trace.retain_fraction.astype(float) - retain_fraction).abs().fillna(0)
     trace = trace[away <= away.groupby(trace.method).transform('min') + 1e-9]
     values = trace[['retain_psnr', 'forget_psnr']].to_numpy(float)
@@ -249,7 +251,7 @@ def plot_trace(
     methods = list(dict.fromkeys(trace.method))
     fig, axs, cols = _panels(len(methods), (1.9, 1.7), cols)
     for ax, method in zip(axs.flat, methods):
-        _trace_panel(ax, trace[trace.method.eq(method)].sort_values('epoch'), oracle, floor)
+        _trace_panel(ax, trace[trace.method.eq(method)].sort_values('epoch'), oracle, floor, names)
         ax.set_title(method, fontsize=9)
     fig.set_figheight(fig.get_figheight() + 0.5)  # room for the legend
     for ax in axs[:, 0]:
@@ -291,18 +293,22 @@ def plot_losses(
     return fig
 
 # %% ../../nbs/71_show.plots.ipynb #743b987b
-_STATES = {'passes': COLOURS['oracle'], 'fails': '#c4453c', 'open': '0.55'}  # of one side of one network
+_STATES = {'passes': COLOURS['oracle'], 'like': COLOURS['oracle'], 'fails': '#c4453c', 'open': '0.55'}  # of one side
+_LIKE = '\nopen green circle: like another Oracle on these scans, too few patients for a test'
 
 
 def _state(row, side):
-    "Whether a network passes a side, is shown to fail it, or neither"
+    "Whether a network passes a side, is like another Oracle on its scans, is shown to fail it, or none of these"
     margin = row[f'margin_{side}_db']
     if row[f'passes_{side}']:
         return 'passes'
-    return 'fails' if row[f'high_{side}_db'] < -margin or row[f'low_{side}_db'] > margin else 'open'
+    fails = row.get(f'p_seeds_{side}', np.nan) < 0.05 and abs(row[f'gap_{side}_db']) > margin
+    fails |= row[f'high_{side}_db'] < -margin or row[f'low_{side}_db'] > margin
+    like = 'like' if side == 'forget' and 'like another Oracle' in row.get('verdict', '') else 'open'
+    return 'fails' if fails else like
 
 
-def _forest(ax, table, side, limit):
+def _forest(ax, table, side, limit, scans):
     "One side of `plot_verdicts`: the margin as a band, and for each network its gap and the interval of it"
     margin = table[f'margin_{side}_db'].iloc[0]
     ax.axvspan(-margin, margin, color='.9', lw=0)
@@ -311,33 +317,34 @@ def _forest(ax, table, side, limit):
         gap, low, high = (row[f'{what}_{side}_db'] for what in ('gap', 'low', 'high'))
         colour = _STATES[_state(row, side)]
         ax.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle='butt')
-        ax.plot(gap, y, 'o', ms=4, color=colour)
+        ax.plot(gap, y, 'o', ms=4, color=colour, mfc='white' if _state(row, side) == 'like' else colour)
     ax.set_xscale('symlog', linthresh=limit, linscale=1.5)
     furthest = max(2, table[f'gap_{side}_db'].abs().max() * 1.2)
     ticks = [tick for tick in (-15, -5, -1, 0, 1, 5, 15) if abs(tick) <= furthest]
     ax.set_xticks(ticks, [_minus(f'{tick:+g}') if tick else '0' for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel('gap to the Oracle, dB')
-    ax.set_title(f'{side} test volumes, margin ±{margin:.2f} dB', fontsize=9)
+    ax.set_title(f'{scans}, margin ±{margin:.2f} dB', fontsize=9)
 
 # %% ../../nbs/71_show.plots.ipynb #6dafc692
 def plot_verdicts(
     table: pd.DataFrame,  # of `verdict_table`: one row a network
     limit: float = 1.5,  # dB up to which the axis is linear; logarithmic beyond
+    names: dict = None,  # what to call the sides, of `sides_of`; None: retain and forget
 ) -> Figure:
     """Forest plot: gaps with the interval of the test, on both sides, and the margins as bands.
 
     Green is shown to lie within the margin, red is shown to lie beyond, grey is neither."""
     fig, axs = new_axes(1, 2, (4, 1.15 + 0.24 * len(table)), sharey=True)
-    fig.suptitle(
-        'green: shown to lie within the margin (grey band); red: shown to lie beyond; grey: neither', fontsize=9
-    )
+    said = 'green: shown to lie within the margin (grey band); red: shown to lie beyond; grey: neither'
+    like = 'p_seeds_forget' in table and any(_state(row, 'forget') == 'like' for row in table.to_dict('records'))
+    fig.suptitle(said + _LIKE * like, fontsize=9)
     for ax, side in zip(axs[0], ('retain', 'forget')):
         if f'gap_{side}_db' in table:
-            _forest(ax, table, side, limit)
+            _forest(ax, table, side, limit, judged_scans(table, names)[side])
         else:
             ax.set_title(f'{side}: not scored', fontsize=9)
-    names = labels(NetworkName.of(row) for row in table.to_dict('records'))
-    axs[0, 0].set_yticks(range(len(names)), names)
-    axs[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    rows = labels(NetworkName.of(row) for row in table.to_dict('records'))
+    axs[0, 0].set_yticks(range(len(rows)), rows)
+    axs[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUMMARY_SCORES', 'SUMMARY', 'RESULTS', 'RUN_TABLES', 'read_table', 'read_config', 'read_run', 'split_sizes',
            'provenance', 'is_simulated', 'has_oracle', 'with_gaps', 'distance', 'one_per_method', 'tested',
-           'oracle_band']
+           'oracle_band', 'sides_of', 'judged_scans']
 
 # %% ../../nbs/69_show.reading.ipynb #8f39f6d8
 import json
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..machinery.disk import DataError
-from ..verdict.names import KEYS
+from ..verdict.names import KEYS, side_names
 
 # %% ../../nbs/69_show.reading.ipynb #085488c1
 SUMMARY_SCORES = [*KEYS, 'retain_psnr', 'retain_ssim', 'forget_psnr', 'forget_ssim']  # what every summary has
@@ -32,7 +32,7 @@ RUN_TABLES = {
 }
 _WORDS = set(  # the other columns are numbers
     'model method organ split volume trained_on tested_on fname patient_id side by group reference alarm flagged '
-    'passes flag'.split()
+    'passes flag verdict kind source mechanism'.split()
 )
 
 # %% ../../nbs/69_show.reading.ipynb #4ec5c83b
@@ -231,3 +231,22 @@ def oracle_band(
         return {'retain': np.nan, 'forget': np.nan}
     away = {side: oracles[f'{side}_psnr'] - oracles[f'{side}_psnr'].mean() for side in ('retain', 'forget')}
     return {side: float(distances.abs().max()) for side, distances in away.items()}
+
+# %% ../../nbs/69_show.reading.ipynb #3b7f5b5f
+def sides_of(
+    run,  # of `read_run`; its results and config are asked
+) -> dict:  # 'retain' and 'forget' -> what to call them, such as 'everyone else' and 'k0003'
+    "What to call the two sides of a run"
+    return side_names(run.results, run.config['request']['query'])
+
+
+def judged_scans(
+    table: pd.DataFrame,  # a summary or the verdicts; without the column forget_split: forget_test
+    names: dict = None,  # of `sides_of`; None: the sides have no other names
+) -> dict:  # 'retain' and 'forget' -> which scans, such as 'k0003 (forgotten training scans)'
+    "On which scans each side was judged"
+    split = table.forget_split.iloc[0] if 'forget_split' in table and len(table) else 'forget_test'
+    scans = {'retain': 'retain test volumes', 'forget': 'forget test volumes'}
+    scans |= {'forget': 'forgotten training scans'} if split == 'forget_train' else {}
+    names = {side: name for side, name in (names or {}).items() if name != side}
+    return {side: f'{names[side]} ({said})' if side in names else said for side, said in scans.items()}

@@ -202,7 +202,7 @@ def to_markdown(
 ) -> str:
     "`table` as a Markdown table: words to the left, numbers to the right"
     table = table[list(columns)] if columns is not None else table
-    align = [':---' if heading in ('network', 'verdict') else '---:' for heading in table.columns]
+    align = [':---' if heading in ('request', 'network', 'kind', 'verdict') else '---:' for heading in table.columns]
     return '\n'.join(map(_line, [table.columns, align, *table.to_numpy()])) + '\n'
 
 # %% ../../nbs/72_show.report.ipynb #53e5905c

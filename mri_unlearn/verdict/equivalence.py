@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MADE_UP', 'made_up_results', 'patient_scores', 'paired_differences', 'Margin', 'oracle_margin', 'oracle_levels',
-           'margin', 'Equivalence', 'equivalence', 'effect_sizes', 'bootstrap_interval']
+           'margin', 'Equivalence', 'equivalence', 'effect_sizes', 'Likeness', 'like_another_oracle',
+           'bootstrap_interval']
 
 # %% ../../nbs/58_verdict.equivalence.ipynb #edc63b60
 import warnings
@@ -225,6 +226,29 @@ def effect_sizes(
     sd = d.std(ddof=1) if len(d) > 1 else 0
     d_z = float(d.mean() / sd) if sd > 0 else np.nan
     return dict(d_z=d_z, seed_sds=float(d.mean() / seed_sd) if seed_sd > 0 else np.nan)
+
+# %% ../../nbs/58_verdict.equivalence.ipynb #6e53ae2a
+class Likeness(NamedTuple):
+    "Whether a network could be one more Oracle, on exactly the scans that it was scored on"
+
+    gap: float  # network minus mean of the Oracles, dB
+    p: float  # probability that one more Oracle seed is as far from the others; NaN for fewer than three
+    word: str  # 'like another Oracle', 'below', 'above' or 'undecided'
+
+
+def like_another_oracle(
+    gap: float,  # network minus mean of the Oracles on these scans, dB
+    margin: Margin,  # of the Oracles' levels on the same scans
+    most: float = 1.0,  # widest prediction interval (half width) within which a network is like another Oracle, dB
+) -> Likeness:
+    "Whether a score lies within the prediction interval of one more Oracle seed, or within the least margin"
+    if not np.isfinite([gap, margin.band]).all():
+        return Likeness(float(gap), np.nan, 'undecided')
+    scale = margin.sd * (1 + 1 / margin.seeds) ** 0.5
+    p = float(2 * stats.t.sf(abs(gap) / scale, margin.seeds - 1)) if scale > 0 else float(gap == 0)
+    if abs(gap) > max(margin.band, margin.db):
+        return Likeness(float(gap), p, 'above' if gap > 0 else 'below')
+    return Likeness(float(gap), p, 'like another Oracle' if margin.band <= most else 'undecided')
 
 # %% ../../nbs/58_verdict.equivalence.ipynb #708701e0
 def bootstrap_interval(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'KINDS', 'CONTROLS', 'NetworkName', 'networks', 'find_network', 'by_network', 'in_order', 'labels',
-           'forget_side', 'patient_of', 'mean_over_patients']
+           'forget_side', 'patient_of', 'mean_over_patients', 'side_names', 'strangers_of']
 
 # %% ../../nbs/55_verdict.names.ipynb #983acb0b
+import ast
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -205,3 +206,45 @@ def mean_over_patients(
     "Means of `columns` for each group, where each patient counts once, however many volumes there are"
     each = rows.assign(patient=patient_of(rows)).groupby([*by, 'patient'], dropna=False, sort=False)[columns].mean()
     return each.groupby(level=list(range(len(by))), dropna=False, sort=False).mean()
+
+# %% ../../nbs/55_verdict.names.ipynb #243876b3
+_OTHERS = dict(patient_id='everyone else', organ='other organs', site='other sites', acquisition='other acquisitions')
+_MANY = dict(patient_id='patients', organ='organs', site='sites', acquisition='acquisitions')
+
+
+def _asked_for(query):
+    "Column and values of a query that names values of one column; None for any other"
+    try:
+        node = ast.parse(query.strip(), mode='eval').body
+        one = isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and len(node.ops) == 1
+        if not one or not isinstance(node.ops[0], (ast.Eq, ast.In)):
+            return None
+        values = ast.literal_eval(node.comparators[0])
+    except (SyntaxError, ValueError):
+        return None
+    return node.left.id, [str(v) for v in values] if isinstance(values, (list, tuple, set)) else [str(values)]
+
+
+def side_names(
+    results: pd.DataFrame,  # with the columns split and organ: results.csv, or the volumes of a run
+    query: str = '',  # of the request; empty: not known
+) -> dict:  # 'retain' and 'forget' -> what to call them
+    "What to call the two sides: the organs, if each side has one of its own, else what the request says"
+    organs = {side: set(results[results.split.str.startswith(side)].organ) for side in ('retain', 'forget')}
+    if all(len(o) == 1 for o in organs.values()) and organs['retain'] != organs['forget']:
+        return {side: found.pop() for side, found in organs.items()}
+    column, values = _asked_for(query) or ('', [])
+    if column not in _OTHERS:
+        return {'retain': 'retain', 'forget': 'forget'}
+    said = ', '.join(values) if len(values) < 4 else f'{len(values)} {_MANY[column]}'
+    return {'retain': _OTHERS[column], 'forget': said}
+
+# %% ../../nbs/55_verdict.names.ipynb #16d5b9cb
+def strangers_of(
+    results: pd.DataFrame,  # results.csv; without a column organ nobody knows who is of the same kind
+) -> pd.DataFrame:  # its rows; none where what must go is an organ of its own
+    "Scores on strangers of the same kind: retain test volumes of an organ that is to be forgotten elsewhere"
+    if 'organ' not in results:
+        return results[:0]
+    organs = set(results[results.split.str.startswith('forget')].organ)
+    return results[results.split.eq('retain_test') & results.organ.isin(organs)]

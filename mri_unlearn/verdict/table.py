@@ -16,12 +16,13 @@ from mri_unlearn.verdict.equivalence import (
     bootstrap_interval,
     effect_sizes,
     equivalence,
+    like_another_oracle,
     margin,
     paired_differences,
     patient_scores,
 )
 from ..machinery.disk import DataError
-from .names import KEYS, NetworkName, forget_side, in_order, networks
+from .names import KEYS, NetworkName, forget_side, in_order, networks, strangers_of
 
 # %% ../../nbs/59_verdict.table.ipynb #815990ba
 WORDS = {
@@ -43,6 +44,11 @@ def _of_side(column, side):
     return column.replace('_db', f'_{side}_db') if column.endswith('_db') else f'{column}_{side}'
 
 
+def _on_few(word, n):
+    "What is said where exactly the scans to be forgotten were looked at, of one patient or two"
+    return word if word in ('below', 'above') else f'{word}: {n} patient{"s" * (n > 1)}'
+
+
 def _side(results, name, side, split, m):
     "Columns of one side of the table, and its word"
     d = _differences(results, name, split, m.seeds)
@@ -50,7 +56,11 @@ def _side(results, name, side, split, m):
     out = dict(gap_db=e.gap, low_db=e.low, high_db=e.high, boot_low_db=boot[0], boot_high_db=boot[1])
     out |= dict(margin_db=m.db, p=e.p, p_wilcoxon=e.p_wilcoxon, passes=e.passes)
     out |= effect_sizes(d, m.sd) if len(d) else {'d_z': np.nan, 'seed_sds': np.nan}
-    return {_of_side(column, side): value for column, value in (out | dict(patients=e.n)).items()}, e.word
+    word = e.word
+    if split == 'forget_train' and 0 < e.n < 3:
+        like = like_another_oracle(e.gap, m)
+        out['p_seeds'], word = like.p, _on_few(like.word, e.n)
+    return {_of_side(column, side): value for column, value in (out | dict(patients=e.n)).items()}, word
 
 
 def _in_words(words):
@@ -105,6 +115,29 @@ def _forgetting(results, name, split):
     low, high = bootstrap_interval(x, statistic=_fraction)
     return dict(forgetting_fraction=float(_fraction(*x)), forgetting_low=low, forgetting_high=high)
 
+# %% ../../nbs/59_verdict.table.ipynb #660db2f0
+def _note(margins, row):
+    "What must be known to read a row: odd margins, and what stands in for a test over patients"
+    said = [f'{side}: {m.note}' for side, m in margins.items() if m.note]
+    if 'p_seeds_forget' in row:
+        n = row['patients_forget']
+        said.append(
+            f'forget: {n} patient{"s" * (n > 1)}, so no test over patients; set beside what one more Oracle would '
+            'score on exactly these scans'
+        )
+    return '; '.join(said)
+
+
+def _strangers(results, name, least, most):
+    "Columns on strangers of the same kind, and their word; nothing where there are none"
+    rows = strangers_of(results)
+    if not len(rows):
+        return {}, ''
+    m = margin(rows, 'retain_test', least, most)
+    e = equivalence(_differences(rows, name, 'retain_test', m.seeds), m)
+    columns = dict(gap_db=e.gap, low_db=e.low, high_db=e.high, margin_db=m.db, passes=e.passes, patients=e.n)
+    return {_of_side(column, 'strangers'): value for column, value in columns.items()}, e.word
+
 # %% ../../nbs/59_verdict.table.ipynb #a93b2dde
 def _row(results, agreement, name, splits, margins, within):
     "What the table says of one network"
@@ -120,8 +153,17 @@ def _row(results, agreement, name, splits, margins, within):
         row |= _images(above_floor(results, agreement, name, splits['forget']), within)
     if row['passes'] and row.get('passes_images') is False:
         row['verdict'] = 'scores at the oracle, images not'
-    note = '; '.join(f'{side}: {m.note}' for side, m in margins.items() if m.note)
-    return row | dict(oracle_seeds=margins['forget'].seeds, forget_split=splits['forget'], note=note)
+    about = dict(oracle_seeds=margins['forget'].seeds, forget_split=splits['forget'])
+    return row | about | dict(note=_note(margins, row))
+
+
+def _with_strangers(row, results, name, least, most):
+    "A row of the table with what the network does to strangers; its verdict says so if they are shown to be damaged"
+    columns, word = _strangers(results, name, least, most)
+    if word == 'below':
+        said = '' if row['verdict'] == 'at the oracle' else f'{row["verdict"]}, '
+        row = row | dict(verdict=f'{said}strangers damaged')
+    return row | columns
 
 
 def _joined(table, more):
@@ -141,13 +183,16 @@ def verdict_table(
     most: float = 1.0,  # largest margin, dB
     within: float = 1.0,  # how far under the floor the agreement of images may lie, dB
 ) -> pd.DataFrame:  # one row a network, sorted by the sum of absolute gaps
-    """Gaps with intervals, margins, verdicts and effect sizes on both sides.
+    """Gaps with intervals, margins, verdicts and effect sizes on both sides, and gaps on strangers of the same kind.
 
     Raises `DataError` without an Oracle, and for two rows of a network in `hallucination`.
     """
     splits = dict(retain='retain_test', forget=forget_side(results))
     splits = {side: split for side, split in splits.items() if (results.split == split).any()}
     margins = {side: margin(results, split, least, most) for side, split in splits.items()}
-    rows = [_row(results, agreement, name, splits, margins, within) for name in networks(results)]
+    rows = [
+        _with_strangers(_row(results, agreement, name, splits, margins, within), results, name, least, most)
+        for name in networks(results)
+    ]
     table = pd.DataFrame(rows).sort_values('sum_abs_gaps_db', kind='stable', ignore_index=True)
     return table if hallucination is None else _joined(table, hallucination)
