@@ -52,7 +52,7 @@ def outlook(
     nothing = level is not None and level.kind == 'nothing'
     slices = meter.slices if nothing else max(student.budget, meter.slices)
     left = slices - meter.slices
-    a_slice = _seconds_of_a_slice(learn, what, student.dls.train.bs) if left else 0.0
+    a_slice = _seconds_of_a_slice(learn, what, student.dls.train.order.bs) if left else 0.0
     return Outlook(volumes, level, slices, meter.seconds + left * a_slice)
 
 
