@@ -199,7 +199,9 @@ class _Proxies(Callback):
     def _estimate(self):
         "The level as these proxies see it, and the errors that it was found from"
         level, seen = estimate_level(self.learn, self.learn.proxies, self.looks)
-        self.spent += FORWARD * (1 + len(self.learn.proxies)) * (len(seen) + self.looks * (1 + len(self.learn.proxies)))
+        self.spent += (
+            FORWARD * (1 + len(self.learn.proxies)) * (len(seen) + self.looks * (2 * len(self.learn.proxies) - 1))
+        )
         return level, seen
 
     def _share_of_steps(self):
