@@ -237,7 +237,7 @@ class Aim(_Proxies):
         work: float = 0.15,  # share of the budget that training `count` proxies takes
         seed: int = 0,  # of the proxies
         mix: float = 0.2,  # s of `MemoryMatch`
-        overshoot: float = 2.0,  # c, in what the aimed level takes: a student goes only part of the way
+        overshoot: float = 3.0,  # c, in what the aimed level takes: a student goes only part of the way
     ):
         self.mechanisms, self.given, self.share, self.count, self.part = mechanisms, level, share, count, part
         self.times, self.work, self.seed, self.mix, self.overshoot = times, work, seed, mix, overshoot
@@ -286,7 +286,7 @@ def _memory_callbacks(forget_weight, retain_weight, mix, peak):
         Teacher('all'),
         KeepImages(retain_weight),
         OneCycle(peak),
-        Settle(probe=0.7, between=(0.0, 1.5)),
+        Settle(probe=0.7, between=(0.0, 1.4)),
         MemoryMatch(forget_weight, mix),
     ]
 
@@ -305,7 +305,7 @@ def proxy(
     moves: str = 'convolutions',  # competence: what of the network moves, a key of `PARTS`
     proxy_lr: float = 6.0,  # peak of the proxy's one-cycle schedule, in learning rates of the fit
     peak: float = 9.0,  # competence: peak of the network's one-cycle schedule, in learning rates of the fit
-    memory_peak: float = 2.0,  # memory: the same
+    memory_peak: float = 1.5,  # memory: the same
     proxy_seed: int = 0,  # of the proxies and of the mirroring; `unlearn` hands in its own seed
 ) -> list:  # callbacks
     """Asks short-trained proxies what a network would answer that never saw the forget slices, and ends at its level
