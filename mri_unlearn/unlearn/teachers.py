@@ -61,9 +61,13 @@ def outside(
         raise DataError(f'no {"forget" if forget else "retain"} slices to look at; check the request')
     if n:
         items = [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)))]
-    n_inp = dl.dataset.n_inp
-    for b in dl.new(order=partial(_listed, buckets(items, dl.dataset.shape, bs))):
-        yield tuple(b[:n_inp]), Targets(*b[n_inp:])
+    n_inp, looked = dl.dataset.n_inp, dl.new(order=partial(_listed, buckets(items, dl.dataset.shape, bs)))
+    present, looked.epoch = dl.dataset.epoch, -1  # whenever it is asked: two looks at a network are compared
+    try:
+        for b in looked:
+            yield tuple(b[:n_inp]), Targets(*b[n_inp:])
+    finally:
+        dl.dataset.epoch = present
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #6b171444
 ASKED = ('all', 'retain', 'forget')
