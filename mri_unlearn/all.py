@@ -90,6 +90,7 @@ from .experiment.tuning import *
 from .experiment.requests import *
 from .experiment.outcomes import *
 from .experiment.study import *
+from .experiment.outlook import *
 
 # %% ../nbs/99_all.ipynb #95171fe4
 __all__ = [name for name in globals() if not name.startswith('_')]

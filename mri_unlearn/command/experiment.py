@@ -48,9 +48,9 @@ def study(
 
     if args.forget or args.reason:
         raise DataError('--requests names the requests and their reasons: leave --forget and --reason out')
-    if args.dry_run:
-        return print(describe_requests(*dry_run_requests(args.requests, args.preset, args.data, **settings)))
     out = Path(args.out or Path('runs') / f'{args.preset}_requests')
+    if args.dry_run:
+        return print(describe_requests(*dry_run_requests(args.requests, args.preset, args.data, out=out, **settings)))
     run_requests(args.requests, args.preset, out, args.data, **settings)
     print((out / 'requests.md').read_text(encoding='utf-8'))
     print(f'Reports: {out / "index.html"}')
@@ -66,9 +66,9 @@ def protocol(
     settings = protocol_settings(args) | dict(strict=args.strict, organ=args.organ, jobs=args.jobs)
     if args.requests:
         return study(args, settings)
-    if args.dry_run:
-        return print(describe(*dry_run(args.preset, args.data, **settings)))
     out = Path(args.out or Path('runs') / args.preset)
+    if args.dry_run:
+        return print(describe(*dry_run(args.preset, args.data, out=out, **settings)))
     run_protocol(args.preset, out, args.data, **settings)
     print((out / 'table.md').read_text(encoding='utf-8'))
     print(f'Report: {out / "report.html"}')
@@ -110,7 +110,10 @@ def add_protocol(
     held = 'what is held out for testing: by folder names, or patients drawn; default: folders where they tell'
     p.add_argument('--test', choices=['auto', 'folder', 'patient'], help=held)
     p.add_argument('--workers', dest='num_workers', type=int, metavar='N', help='processes that read files')
-    p.add_argument('--dry-run', action='store_true', help='only say what would be done, and estimate time and memory')
+    only = (
+        'only say what is matched and would be done, and estimate time, memory and, with a trained Original, the level'
+    )
+    p.add_argument('--dry-run', action='store_true', help=only)
     p.add_argument('--forget', metavar='QUERY', help=f"what is to be forgotten, {QUERY}; default: organ == 'knee'")
     p.add_argument('--reason', help='why, for the report')
     add_mixed(p)

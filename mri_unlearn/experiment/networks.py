@@ -279,13 +279,16 @@ def unlearned_learner(
     splits: pd.DataFrame,  # volumes with their column `split`
     cbs=(),  # further callbacks
 ):  # Learner
-    "Let a method with its settings work on the Original of a run"
-    u, train = settings.unlearning, splits[splits.split.str.endswith('train')]
+    """Let a method with its settings work on the Original of a run
+
+    The retained test volumes are handed over as scans that no network was trained on. Original and proxies are looked
+    at on them, the unlearned network never is; the forgotten test volumes stay out of it."""
+    u, train, held_out = settings.unlearning, splits[splits.split.str.endswith('train')], splits.split == 'retain_test'
     about = dict(seed=settings.seed, num_workers=settings.data.num_workers, input=input_kind(settings))
     dls = recon_dls(train, train.head(1), mask_of(settings), **about)
     original = recon_learner(dls, run_network(run, settings, 'original'), loss=settings.training.loss)
     budget = dict(epochs=u.rounds, steps=u.steps, bs=u.bs, clip=u.clip, seed=unlearning_seed(settings, network))
-    own = dict(lr=u.lr) | u.method_settings.get(network.method, {})
+    own = dict(lr=u.lr, held_out=splits[held_out]) | u.method_settings.get(network.method, {})
     return unlearn(original, train, network.method, network.fraction or 1.0, cbs=cbs, **budget, **own)
 
 

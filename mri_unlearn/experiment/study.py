@@ -14,7 +14,15 @@ from typing import NamedTuple
 import pandas as pd
 
 from .arms import run_stages
-from .dryrun import duration, plan_table, planned_index, slice_costs
+from mri_unlearn.experiment.dryrun import (
+    LATER,
+    duration,
+    plan_table,
+    planned_index,
+    said_level,
+    slice_costs,
+    table_kind,
+)
 from .extras import all_arms
 from .networks import trained_networks
 from .outcomes import Planned, about_request, plan_requests, write_requests
@@ -24,6 +32,7 @@ from .runs import Run, load_volumes, write_timing
 from .settings import prepare
 from ..machinery.disk import DataError, claim
 from ..machinery.workers import Progress, processes
+from ..verdict.names import NetworkName
 
 # %% ../../nbs/86_experiment.study.ipynb #77538341
 class _Begun(NamedTuple):
@@ -38,16 +47,15 @@ class _Begun(NamedTuple):
         return [stage for arm in self.arms for stage in arm.stages()]
 
 
-def _claim(out, preset, settings, data):
+def _claim(out, settings, data, write=True):
     "Make the folder that of this study, or find that it is; raises `DataError` if it is somebody else's"
     if (Path(out) / 'config.json').exists():
         raise DataError(f'{out}: holds a single run; choose another folder with --out')
     source = [str(d) for d in ([data] if isinstance(data, (str, Path)) else data)] if data else 'simulated'
     shared = {name: value for name, value in settings.flat().items() if name not in ('query', 'reason')}
     record = shared | {'data files': source}
-    claim(
-        out, record, 'study.json', what='a study with other settings', foreign=None, advice='choose another with --out'
-    )
+    about = dict(what='a study with other settings', foreign=None, advice='choose another with --out')
+    claim(out, record, 'study.json', write=write, **about)
 
 
 def _begin(out, preset, plan, data):
@@ -116,7 +124,7 @@ def run_requests(
     chosen, at_once = prepare(preset, settings), processes(jobs, devices)
     lines = read_requests(file, chosen.request.allow_mixed)
     out = Path(out or Path('runs') / f'{preset}_requests')
-    _claim(out, preset, chosen, data)
+    _claim(out, chosen, data)
     volumes = load_volumes(out, chosen, data, show, **(dict(strict=strict, organ=organ) if data else {}))
     plans = plan_requests(file, lines, chosen, volumes)
     begun = [_begin(out, preset, plan, data) for plan in plans if plan.splits is not None]
@@ -135,8 +143,9 @@ def _planned_rows(plans, arms, times, relative):
     known, rows = set(), []
     for plan in plans:
         row = {key: about_request(plan)[key] for key in ('query', 'patients', 'volumes')}
-        row |= dict(networks=0, shared=0, slices=0, seconds=0.0)
+        row |= dict(kind='', networks=0, shared=0, slices=0, seconds=0.0)
         if plan.splits is not None:
+            row['kind'] = table_kind(plan.splits)
             keys = {
                 n.stage: network_key(plan.settings, plan.splits, n)
                 for n in trained_networks(plan.settings, plan.splits)
@@ -151,6 +160,36 @@ def _planned_rows(plans, arms, times, relative):
         rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../../nbs/86_experiment.study.ipynb #f7af1c2e
+def _originals(out, plans):
+    "The runs of a study that hold an Original, by what decided its training"
+    known = {}
+    for plan in plans:
+        if plan.splits is not None and (out / plan.name / 'stages' / 'original.json').is_file():
+            known |= known_networks(Run(out / plan.name), plan.settings, plan.splits)
+    return known
+
+
+def _levels(out, file, lines, settings, data, plans, **index):
+    "What is said of the level of each request; the data of `plans` need not exist"
+    if out is None or not (Path(out) / 'study.json').is_file() or not (data or (Path(out) / 'data').is_dir()):
+        return [said_level(None, plan.settings, None) if plan.splits is not None else '' for plan in plans]
+    out, said = Path(out), []
+    try:
+        _claim(out, settings, data, write=False)
+    except DataError as e:
+        return [f'{LATER}; {e}' if plan.splits is not None else '' for plan in plans]
+    volumes = load_volumes(out, settings, data, False, **(index if data else {}))
+    plans = plan_requests(file, lines, settings, volumes)
+    known = _originals(out, plans)
+    for plan in plans:
+        if plan.splits is None:
+            said.append('')  # nothing to forget
+            continue
+        run, _ = known.get(network_key(plan.settings, plan.splits, NetworkName('original')), (None, ''))
+        said.append(said_level(run, plan.settings, plan.splits))
+    return said
+
 # %% ../../nbs/86_experiment.study.ipynb #c0bb4c10
 def dry_run_requests(
     file,  # as in `run_requests`
@@ -161,6 +200,7 @@ def dry_run_requests(
     organ: str = None,  # as in `run_protocol`
     jobs: int = None,  # as in `run_protocol`
     devices=None,  # as in `run_protocol`
+    out=None,  # folder of the study, for the Original that may be there; None: there is none
     **settings,  # as in `run_requests`
 ) -> tuple:  # (table with one row a request, seconds for all)
     "What `run_requests` would do with the same arguments, and about its cost; raises `DataError` as that would"
@@ -179,6 +219,7 @@ def dry_run_requests(
         extras = True if simulated else None
         arms = {p.name: all_arms(Path(folder) / 'run' / p.name, p.settings, p.splits, extras) for p in real}
         table = _planned_rows(plans, arms, times, relative)
+    table['level'] = _levels(out, file, lines, chosen, data, plans, strict=strict, organ=organ)
     return table, float(table.seconds.sum()) / at_once
 
 # %% ../../nbs/86_experiment.study.ipynb #a2ad91c7
@@ -187,6 +228,10 @@ def describe_requests(
     seconds: float,  # of `dry_run_requests`
 ) -> str:  # several lines
     "The plan as text"
-    shown = table.assign(time=table.seconds.map(duration)).drop(columns='seconds')
+    shown = table.assign(time=table.seconds.map(duration)).drop(columns=['seconds', 'level'])
     shown['time'] = shown.time.where(table.volumes > 0, 'nothing to forget')
-    return f'{shown.to_string(index=False)}\n\nestimate: {duration(seconds)} for all requests'
+    levels = [f'{row.query}: {row.level}' for row in table.itertuples() if row.level]
+    same = table.level[table.volumes > 0].nunique() == 1
+    levels = [f'level to end at: {table.level[table.volumes > 0].iloc[0]}'] if same else ['levels to end at:', *levels]
+    last = f'estimate: {duration(seconds)} for all requests'
+    return '\n'.join([shown.to_string(index=False), '', 'kinds as far as the table tells', *levels, '', last])

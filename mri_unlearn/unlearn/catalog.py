@@ -10,6 +10,7 @@ __all__ = ['PROVIDERS', 'ENTRY_POINTS', 'RECOMMENDED', 'METHODS', 'Method', 'whi
 import difflib
 import importlib
 import inspect
+import math
 import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -160,6 +161,15 @@ def _number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _check_number(key, value, parameter):
+    "A setting that has a number as its default is no text; one that may be left out (None) is one finite number"
+    if _number(parameter.default) and isinstance(value, str):
+        raise ValueError(f'{key} must be a number, found {value!r}')
+    optional = parameter.default is None and parameter.annotation in (int, float)
+    if optional and value is not None and not (_number(value) and math.isfinite(value)):
+        raise ValueError(f'{key} must be a number, found {value!r}')
+
+
 def check_settings(
     name: str,  # of a method
     settings: dict,  # name -> value; `lr`, the learning rate, may stand among them
@@ -173,8 +183,8 @@ def check_settings(
     try:
         takes.bind(**own)
         for k, v in own.items():
-            if _number(method.settings.get(k)) and isinstance(v, str):
-                raise ValueError(f'{k} must be a number, found {v!r}')
+            if k in takes.parameters:
+                _check_number(k, v, takes.parameters[k])
         method.make(**own)  # of its callbacks some refuse a value
     except (TypeError, ValueError) as e:
         raise DataError(f'settings of {name}: {e}; it takes lr and {takes}') from e

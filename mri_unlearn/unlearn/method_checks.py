@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['STEEPEST', 'LONGEST', 'BrokenPromise', 'count_passes', 'MethodRun', 'snapshot', 'check_original', 'check_network',
            'things_held', 'check_nothing_left', 'check_work', 'check_budget', 'check_repeatable', 'check_same',
-           'no_weight_0', 'check_weight_0', 'check_method']
+           'no_weight_0', 'check_weight_0', 'nothing_to_forget', 'check_unchanged', 'check_method']
 
 # %% ../../nbs/54_unlearn.method_checks.ipynb #3b9bdc68
+import tempfile
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -17,9 +18,12 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
+from ..data.loaders import recon_dls
 from ..data.slices import INPUTS
 from ..machinery.disk import DataError
-from ..network.learner import WorkMeter
+from ..network.learner import SkipValidation, WorkMeter, recon_learner
+from ..network.weights import new_unet
+from ..phantom.simulate import simulate_dataset
 from .by_hand import REQUEST, UNIT, largest_change, practice
 from .catalog import METHODS, find_method
 from .core import LossTerm, unlearn
@@ -247,6 +251,46 @@ def check_weight_0(
         del METHODS[rest]
     check_same(run, other, 'with forget_weight=0, forgotten slices still change the network')
 
+# %% ../../nbs/54_unlearn.method_checks.ipynb #c7de9d39
+@cache
+def nothing_to_forget() -> tuple:  # (Original, volumes with their column `split`, held-out volumes, their folder)
+    "A small Original, and a request for a person it was never trained on; held out are others like this one"
+    folder = tempfile.TemporaryDirectory(prefix='mri_unlearn_')  # lives as long as the process
+    size = dict(patients=(3, 4), slices=2, recon=32, coils=2)
+    volumes = simulate_dataset(folder.name, 'tiny', workers=1, progress=False, **size).reset_index(drop=True)
+    train = volumes.folder.str.endswith('_train')
+    dls = recon_dls(volumes[train], volumes[~train], bs=2, device='cpu')
+    learn = recon_learner(dls, new_unet(0, chans=4, num_pool_layers=2))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(30, 5e-3, cbs=SkipValidation())
+    named = (
+        volumes.patient_id == 'k5002'
+    )  # a clear case: beside proxies, the Original does worse on this person than on others
+    split = np.where(train, 'retain_train', np.where(named, 'forget_train', 'retain_test'))
+    held_out, volumes = split == 'retain_test', volumes.assign(split=split)
+    return learn, volumes[~held_out], volumes[held_out], folder
+
+
+def check_unchanged(
+    run: MethodRun,  # of the method
+    name: str,  # of the method
+    input: str,  # what the network of the run takes
+    settings: dict,  # of the method
+) -> str:  # why there is nothing to check; '': there was
+    "Where a method says that there is nothing to forget, it does nothing"
+    if not hasattr(run.student, 'level'):
+        return 'skipped: takes no level'
+    if input != 'image':
+        return 'skipped: tried on images only'
+    original, volumes, held_out, _ = nothing_to_forget()
+    given = dict(epochs=2, steps=20, bs=4, held_out=held_out)
+    student = unlearn(original, volumes, name, 1.0, **given, **settings)
+    if student.level.kind != 'nothing':
+        return f'skipped: sees a {student.level.kind} in a request for a stranger'
+    if largest_change(student.model, original.model):
+        raise BrokenPromise('it says that there is nothing to forget, and changes the network all the same')
+    return ''
+
 # %% ../../nbs/54_unlearn.method_checks.ipynb #2839370e
 def _own_seeds(name, input, settings):
     "A run for each seed of the method's own, in which only this one is another"
@@ -270,6 +314,7 @@ def _checks(name, input, settings):
     yield 'units', lambda: check_same(run, small(), f'data times {UNIT:.1e} give another network')
     why = no_weight_0(name, settings)
     yield 'weight_0', lambda: f'skipped: {why}' if why else check_weight_0(name, input, settings)
+    yield 'unchanged', lambda: check_unchanged(run, name, input, settings)
 
 # %% ../../nbs/54_unlearn.method_checks.ipynb #751b4399
 def _check_on(name, input, settings):
