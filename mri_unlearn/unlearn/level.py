@@ -258,8 +258,10 @@ def estimate_level(
         control = errors(learn, proxies, outside(learn, False, looks, bs=4), learn.dls.train_ds.volumes)
     else:
         control = errors(learn, proxies, *held_out)
-    lost = float(_of_patients(forget).mean() - _of_patients(control).mean())
-    if now < USELESS or lost > COMPETENCE * now:
+    drop, error, freedom = memory(_of_patients(forget), _of_patients(control))
+    if set(forget.organ) <= set(learn.taught.organ):  # others teach it: the doubt speaks against a lost competence
+        drop -= float(stats.t.ppf(0.95, freedom)) * error
+    if now < USELESS or drop > COMPETENCE * now:
         return _competence(learn, forget, now), forget
     less = lacks(learn)
     return (_by_prior(now, less) if held_out is None else _memory(forget, control, now, less)), forget
