@@ -56,6 +56,7 @@ from .unlearn.losses import *
 from .unlearn.targets import *
 from .unlearn.dampening import *
 from .unlearn.level import *
+from .unlearn.path import *
 from .unlearn.proxy import *
 from .unlearn.method_checks import *
 

@@ -229,7 +229,7 @@ RECORDED = {'request', 'method', 'seed', 'weights'}  # what every record of an u
 def record_beside(
     out,  # file of weights that `unlearn` will write
 ) -> Path:  # of the same name, ending in .json
-    "Where the record of an unlearning goes; raises `DataError` if it could not be written or would replace another file"
+    "Where the record of an unlearning goes; raises `DataError` if that cannot be written or is another file"
     from mri_unlearn.machinery.disk import DataError
 
     path = Path(out).with_suffix('.json')

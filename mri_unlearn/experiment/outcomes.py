@@ -153,7 +153,8 @@ def request_table(
 # %% ../../nbs/85_experiment.outcomes.ipynb #7f3d116a
 LEAD = [
     'A row is the Original (nothing done) or an unlearned network of a request. Kind: competence, nobody else in the '
-    'data teaches it, or memory, others do; as the method found it, or else by whether scans of that organ stay. Levels are PSNR on the forgotten '
+    'data teaches it, or memory, others do; as the method found it, or else by whether scans of that organ stay. '
+    'Levels are PSNR on the forgotten '
     'training scans, in dB over the zero-filled image: what the method saw before it began, what it aimed at (with its '
     'interval), and what the Oracles, which were never trained on these scans, reach. Gaps are to the Oracles. '
     'Strangers are held-out scans of the same organ that nobody asked to forget. Agreement is that of images with the '

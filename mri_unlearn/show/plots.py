@@ -43,7 +43,7 @@ def plot_knowledge_matrix(
     title: str = '',  # what the data were
     ax=None,  # axes to draw on; None: a new figure
 ) -> Figure:
-    "Trained on (rows) against tested on (columns): PSNR, and the difference to who was trained on that column (or both)"
+    "Trained on (rows) against tested on (columns): PSNR, and the difference to who was trained on that column"
     rows, cols, psnr, difference = _knowledge_cells(df)
     spreads = _spreads(df, rows, cols)
     ax = _panel(ax, (1.2 + 1.5 * len(cols), 0.8 + 0.65 * len(rows)))

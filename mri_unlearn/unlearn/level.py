@@ -98,7 +98,7 @@ def errors(
     batches,  # pairs of inputs and `Targets`, as of `outside`
     volumes: pd.DataFrame,  # those that the batches number
 ) -> pd.DataFrame:  # one row a slice: patient, organ, and mean squares zero, original, proxy, cross
-    """Errors of the zero-filled image, of the network and of the mean of the proxies, and the mean product of the last two
+    """Errors of zero-filled image, network and mean of the proxies, and the mean product of the last two
 
     In variances of the zero-filled slice; put on the meter."""
     input, found, rows = learn.dls.train_ds.input, [], []
@@ -220,7 +220,7 @@ def lacks(
 
 def _below(now, drop, sd, less, source, warning):
     "A level for a request of the kind memory"
-    aim, half = now - drop - less[0], 1.645 * (sd**2 + less[1] ** 2 + SEEDS**2) ** 0.5
+    aim, half = min(now - drop, now) - less[0], 1.645 * (sd**2 + less[1] ** 2 + SEEDS**2) ** 0.5
     return Level('memory', now, aim, aim - half, aim + half, source, warning)
 
 
@@ -243,7 +243,7 @@ def _by_prior(now, less):
 def estimate_level(
     learn: Learner,  # made by `unlearn`: its network is the Original
     proxies: list,  # of `train_proxy`
-    looks: int = 12,  # forget slices of the training set, and as many held-out ones; three times as many for two proxies
+    looks: int = 12,  # forget slices of the training set, as many held-out ones, thrice as many for two proxies
 ) -> tuple:  # (Level, errors of the forget slices)
     """What a network that never saw the forget set would reach on it, from what is at hand
 

@@ -143,8 +143,27 @@ def mended(
             return t + (point - t) * (level - aim) / (level - there)
     return step
 
+# %% ../../nbs/52_unlearn.path.ipynb #3f76a40e
+class _OnALine(Callback):
+    "The line from the first weights to the last, and the level that is aimed at"
+
+    def _aim(self):
+        if self.aim is not None:
+            return self.aim
+        level = getattr(self.learn, 'level', None)
+        return self.share * self.first if self.share is not None else level and level.aim
+
+    def _go(self, end, t):
+        "Put the network at a point of the line"
+        self.model.load_state_dict(
+            {k: torch.lerp(a, end[k], t) if a.is_floating_point() else end[k] for k, a in self.start.items()}
+        )
+
+    def _within(self, t):
+        return min(max(t, self.between[0]), self.between[1])
+
 # %% ../../nbs/52_unlearn.path.ipynb #b07ac3d9
-class Settle(Callback):
+class Settle(_OnALine):
     """Ends where the level on forget slices is the aimed one, on the line from the first weights to the last
 
     What was seen and done is left in `found`: aim, first, before, level (all in dB) and t (where on the line).
@@ -163,25 +182,10 @@ class Settle(Callback):
         self.aim, self.share, self.looks, self.probe, self.between = aim, share, looks, probe, between
         self.found, self.start = {}, {}
 
-    def _aim(self):
-        if self.aim is not None:
-            return self.aim
-        level = getattr(self.learn, 'level', None)
-        return self.share * self.first if self.share is not None else level and level.aim
-
     def before_fit(self):
         self.found = {}
         self.start = {name: v.detach().clone() for name, v in self.model.state_dict().items()}
         self.first = over_zero_filled(self.learn, self.looks)
-
-    def _go(self, end, t):
-        "Put the network at a point of the line"
-        self.model.load_state_dict(
-            {k: torch.lerp(a, end[k], t) if a.is_floating_point() else end[k] for k, a in self.start.items()}
-        )
-
-    def _within(self, t):
-        return min(max(t, self.between[0]), self.between[1])
 
     def after_fit(self):
         if (aim := self._aim()) is None:

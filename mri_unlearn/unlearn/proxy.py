@@ -102,11 +102,15 @@ def beyond(
         return 0.0
     return float(brentq(lambda c: level(c) - aim, 0.0, 4.0)) if level(4.0) < aim else 4.0
 
+# %% ../../nbs/53_unlearn.proxy.ipynb #911201f0
+MECHANISMS = dict(competence='beyond the proxy', memory='away from the memory', nothing='none: unchanged')
+
 # %% ../../nbs/53_unlearn.proxy.ipynb #bba0f582
 class _Proxies(Callback):
     "What `Aim` needs to train proxies and to keep account of what they cost"
 
     order, left = CastToTensor.order - 2, ('proxies', 'beyond', 'until')  # before everything else
+    looks = 12  # slices at a time
 
     def _train(self, first):
         "Train `count` proxies, from a number on"
@@ -137,9 +141,6 @@ class _Proxies(Callback):
                 delattr(self.learn, name)
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #ca0b611b
-MECHANISMS = dict(competence='beyond the proxy', memory='away from the memory', nothing='none: unchanged')
-
-
 class Aim(_Proxies):
     """Trains proxies, estimates the level to end at, and lets the mechanism for this kind of request work, and no other
 
@@ -161,7 +162,6 @@ class Aim(_Proxies):
     ):
         self.mechanisms, self.given, self.share, self.count, self.part = mechanisms, level, share, count, part
         self.times, self.work, self.seed, self.mix, self.overshoot = times, work, seed, mix, overshoot
-        self.looks = 12
 
     def before_fit(self):
         self.learn.proxies, self.spent = [], 0.0
