@@ -93,7 +93,8 @@ _CHECKS = """{% if collateral is none %}<p>This run did not look at groups.</p>
 (corrected for {{ groups }} comparisons a network, Holm):</p>
 {{ t.table(collateral.head, collateral.rows, ['network', 'side', 'group']) }}
 {% else %}<p>In no group of patients (by organ, pulse sequence, site
-and, where they are known, lesions) was a network shown to differ from the Oracle by more than the margin.</p>{% endif %}
+and, where they are known, lesions) was a network shown to differ from the Oracle by more
+than the margin.</p>{% endif %}
 {% if memory is none %}{% elif memory %}<p>Networks that are better on the forget volumes that were trained on than on
 others, beyond what the Oracles show:</p>{{ t.table(memory.head, memory.rows, ['network']) }}
 {% elif memory_asked %}<p>No network was shown to be better on the forget volumes that were trained on than on others,
