@@ -259,9 +259,10 @@ def estimate_level(
     else:
         control = errors(learn, proxies, *held_out)
     drop, error, freedom = memory(_of_patients(forget), _of_patients(control))
-    if set(forget.organ) <= set(learn.taught.organ):  # others teach it: the doubt speaks against a lost competence
-        drop -= float(stats.t.ppf(0.95, freedom)) * error
-    if now < USELESS or drop > COMPETENCE * now:
+    much = COMPETENCE * now
+    if set(forget.organ) <= set(learn.taught.organ):  # others teach it: then all speaks against a lost competence
+        drop, much = drop - float(stats.t.ppf(0.95, freedom)) * error, 2 * much
+    if now < USELESS or drop > much:
         return _competence(learn, forget, now), forget
     less = lacks(learn)
     return (_by_prior(now, less) if held_out is None else _memory(forget, control, now, less)), forget
