@@ -76,6 +76,7 @@ from .show.figures import *
 from .show.plots import *
 from .show.report import *
 from .show.sections import *
+from .show.checks import *
 from .show.page import *
 
 # %% ../nbs/99_all.ipynb #4be3b199
