@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'endless', 'BatchPlan', 'LossTerm', 'LossTerms', 'OneStep', 'RetainDescent', 'ForgetDescent',
-           'ForgetAscent', 'WeightL1', 'NoisyLabels', 'unlearning_pool', 'taught_volumes', 'unlearning_learner',
-           'unlearn']
+           'ForgetAscent', 'WeightL1', 'NoisyLabels', 'unlearning_pool', 'taught_volumes', 'check_held_out',
+           'unlearning_learner', 'unlearn']
 
 # %% ../../nbs/44_unlearn.core.ipynb #a8071511
 import inspect
@@ -260,6 +260,26 @@ def taught_volumes(
     volumes = _with_split(learn, what)
     return volumes[volumes.split == 'retain_train']
 
+# %% ../../nbs/44_unlearn.core.ipynb #0d802708
+def check_held_out(
+    held_out: pd.DataFrame | None,  # rows of `index_volumes`
+    taught: pd.DataFrame,  # rows of the training volumes, retained and forgotten
+) -> pd.DataFrame | None:  # `held_out` as it is
+    "Held-out scans, if they are such; raises `DataError` for anything but volumes and for known patients"
+    if held_out is None:
+        return None
+    needs = ['patient_id', 'organ', 'path']
+    if not isinstance(held_out, pd.DataFrame) or not set(needs) <= set(held_out):
+        found = list(held_out) if isinstance(held_out, pd.DataFrame) else type(held_out).__name__
+        raise DataError(f'held_out must be a table of volumes with the columns {", ".join(needs)}; found {found}')
+    known = sorted(set(held_out.patient_id) & set(taught.patient_id))
+    if known:
+        raise DataError(
+            f'held_out must hold no patient who was trained on; found {", ".join(map(str, known[:3]))}: '
+            'leave out their volumes'
+        )
+    return held_out
+
 # %% ../../nbs/44_unlearn.core.ipynb #c9e8b48f
 def unlearning_learner(
     learn: Learner,  # the Original; is not changed
@@ -317,7 +337,8 @@ def unlearn(
     pool = unlearning_pool(learn, what, 1.0 if m.all_retain else retain_fraction, seed)
     callbacks = _callbacks(m, seed, settings)
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
-    student.held_out, student.taught = held_out, taught_volumes(learn, what)
+    student.taught = taught_volumes(learn, what)
+    student.held_out = check_held_out(held_out, pd.concat([student.taught, pool]))
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
     student.add_cbs(extra + list(cbs or []))
     student.budget *= epochs
