@@ -244,6 +244,7 @@ def estimate_level(
     learn: Learner,  # made by `unlearn`: its network is the Original
     proxies: list,  # of `train_proxy`
     looks: int = 12,  # forget slices of the training set, as many held-out ones, thrice as many for two proxies
+    kind: str = None,  # 'competence' or 'memory', where it is known; None: found out
 ) -> tuple:  # (Level, errors of the forget slices)
     """What a network that never saw the forget set would reach on it, from what is at hand
 
@@ -262,7 +263,7 @@ def estimate_level(
     much = COMPETENCE * now
     if set(forget.organ) <= set(learn.taught.organ):  # others teach it: then all speaks against a lost competence
         drop, much = drop - float(stats.t.ppf(0.95, freedom)) * error, 2 * much
-    if now < USELESS or drop > much:
+    if kind == 'competence' or (kind is None and (now < USELESS or drop > much)):
         return _competence(learn, forget, now), forget
     less = lacks(learn)
     return (_by_prior(now, less) if held_out is None else _memory(forget, control, now, less)), forget

@@ -122,23 +122,37 @@ class _Proxies(Callback):
 
     def _estimate(self):
         "The level as these proxies see it, and the errors that it was found from"
-        level, seen = estimate_level(self.learn, self.learn.proxies, self.looks)
+        level, seen = estimate_level(self.learn, self.learn.proxies, self.looks, self.kind)
         self.spent += (
             FORWARD * (1 + len(self.learn.proxies)) * (len(seen) + self.looks * (2 * len(self.learn.proxies) - 1))
         )
         return level, seen
 
-    def _share_of_steps(self):
-        "How much of the steps the rest of the budget pays for: an answer of the Original each, of the proxies by half"
-        plan, proxies = self.dls.train.order, len(self.learn.proxies)
-        left = self.learn.budget - self.spent - FORWARD * 4 * self.looks
-        share = left / (plan.bs * plan.steps * self.n_epoch * (1 + FORWARD * (1 + proxies / 2)))
-        return min(1.0, max(share, 1 / (plan.steps * self.n_epoch)))  # one step at least
+    def _level(self):
+        "The level to end at and what it was found from; with more proxies where others teach what is forgotten, too"
+        self._train(0)
+        level, seen = self._estimate()
+        if level.kind == 'competence':
+            return instead(level, self.given, self.share), seen
+        if self.share is not None:
+            said = f'shadow_level {self.share:g} is for what nobody else teaches, and this is {level.kind}: not used'
+            warnings.warn(said, stacklevel=2)
+        self._train(self.count)
+        level, seen = self._estimate()
+        return instead(level, self.given), seen
 
     def after_fit(self):
         for name in self.left:
             if hasattr(self.learn, name):
                 delattr(self.learn, name)
+
+# %% ../../nbs/53_unlearn.proxy.ipynb #f34b54d8
+def _share_of_steps(aim):
+    "How much of the steps the rest of the budget pays for: an answer of the Original each, of the proxies by half"
+    plan, proxies = aim.dls.train.order, len(aim.learn.proxies)
+    left = aim.learn.budget - aim.spent - FORWARD * 4 * aim.looks
+    share = left / (plan.bs * plan.steps * aim.n_epoch * (1 + FORWARD * (1 + proxies / 2)))
+    return min(1.0, max(share, 1 / (plan.steps * aim.n_epoch)))  # one step at least
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #ca0b611b
 class Aim(_Proxies):
@@ -157,23 +171,21 @@ class Aim(_Proxies):
         times: float = 6.0,  # peak of the proxies' one-cycle schedule, in learning rates of the fit
         work: float = 0.15,  # share of the budget that training `count` proxies takes
         seed: int = 0,  # of the proxies
+        kind: str = None,  # of the request, given by the user: 'competence' or 'memory'; None: found out
         mix: float = 0.2,  # s of `MemoryMatch`
         overshoot: float = 3.0,  # c, in what the aimed level takes: a student goes only part of the way
     ):
         self.mechanisms, self.given, self.share, self.count, self.part = mechanisms, level, share, count, part
-        self.times, self.work, self.seed, self.mix, self.overshoot = times, work, seed, mix, overshoot
+        self.times, self.work, self.seed, self.kind, self.mix = times, work, seed, kind, mix
+        self.overshoot = overshoot
 
     def before_fit(self):
         self.learn.proxies, self.spent = [], 0.0
-        self._train(0)
-        level, seen = self._estimate()
-        if level.kind != 'competence' and self.share is None:
-            self._train(self.count)
-            level, seen = self._estimate()
-        self.learn.level = level = instead(level, self.given, self.share)
+        self.learn.level, seen = self._level()
+        level = self.learn.level
         if level.kind == 'memory':
             self.learn.beyond = self.overshoot * beyond(seen, level.aim, self.mix)
-            self.learn.until = self._share_of_steps()
+            self.learn.until = _share_of_steps(self)
         self.learn.level_record = level.record() | dict(mechanism=MECHANISMS[level.kind])
         if level.warning:
             warnings.warn(f'the level to end at is doubtful: {level.warning}', stacklevel=2)
@@ -211,12 +223,13 @@ def _memory_callbacks(forget_weight, retain_weight, mix, peak):
     ]
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #caf42cfd
-@method('both', bs=2, share=0.58)
+@method('both', bs=2, share=0.57)
 def proxy(
     forget_weight: float = 1.0,  # of the pull on forget slices
     retain_weight: float = 2.0,  # w, of the pull to the Original's answers on retain slices
     level: float = None,  # dB over the zero-filled images to end at on forget slices; None: estimated
     shadow_level: float = None,  # share of the Original's level to end at, as `tune` measures it; None: estimated
+    kind: str = None,  # of the request, where it is known: 'competence' or 'memory'; None: found out
     gamma: float = 1.0,  # competence: how far beyond the proxy the target lies, in errors of the proxy
     damping: float = 0.01,  # competence: the smaller, the less retained slices feel, and the slower it forgets; above 0
     mix: float = 0.2,  # memory: how much of the way from the Original's image to the proxies' the target lies, 0 to 1
@@ -234,17 +247,19 @@ def proxy(
     (deep regression unlearning, Tarun et al., ICML 2023, with a proxy made of the Original). Where others teach it:
     pulled away from the errors that the Original lacks. Where there is nothing to forget: unchanged. On retain slices
     the Original is the teacher. How the settings were found is told at the end of the chapter.
-    Raises `DataError` for a part that a network does not have, no proxy, or a damping that is not above 0.
+    Raises `DataError` for an unknown kind or part of a network, no proxy, or a damping that is not above 0.
     """
     if proxies < 1:
         raise DataError(f'expected at least one proxy, found {proxies}')
+    if kind not in (None, 'competence', 'memory'):
+        raise DataError(f"expected 'competence', 'memory' or None as the kind of a request, found {kind!r}")
     for name in (part, moves):
         in_part('', name)  # complains of an unknown one
     competence = _competence_callbacks(forget_weight, retain_weight, gamma, damping, moves, peak, proxy_seed)
     memory = _memory_callbacks(forget_weight, retain_weight, mix, memory_peak)
     mechanisms = dict(competence=competence, memory=memory)
     return [
-        Aim(mechanisms, level, shadow_level, proxies, part, proxy_lr, seed=proxy_seed, mix=mix),
+        Aim(mechanisms, level, shadow_level, proxies, part, proxy_lr, seed=proxy_seed, kind=kind, mix=mix),
         *competence,
         *memory,
     ]
