@@ -111,9 +111,7 @@ def about(
 # %% ../../nbs/92_command.networks.ipynb #08652d54
 def asked(
     args,  # parsed options of `unlearn`
-) -> (
-    tuple
-):  # (Learner around the network, volumes with their column `split`, further arguments of `unlearn.core.unlearn`)
+) -> tuple:  # (Learner, volumes with their column `split`, further arguments of `unlearn.core.unlearn`)
     "What is asked for; raises `DataError` before anything is read where the settings or names of files cannot be"
     from mri_unlearn.data.loaders import recon_dls
     from mri_unlearn.network.learner import recon_learner
