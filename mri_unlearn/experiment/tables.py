@@ -220,9 +220,7 @@ LEVEL = {'kind': 'kind', 'now': 'now_db', 'aim': 'aim_db', 'low': 'low_db', 'hig
 def level_table(
     records: dict,  # `NetworkName` -> record of its stage
     results: pd.DataFrame,  # results.csv
-) -> (
-    pd.DataFrame
-):  # KEYS, columns of LEVEL, reached_db, oracle_db, oracle_low_db, oracle_high_db; None where no level is
+) -> pd.DataFrame:  # KEYS, columns of LEVEL, reached_db, oracle_db, oracle_low_db, oracle_high_db; None without a level
     "What networks aimed at, by their records, beside what they and the Oracles reached; one row a network with a level"
     reached, rows = reached_levels(results), []
     oracles = [level for name, level in reached.items() if name.kind == 'oracle'] or [np.nan]
