@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORWARD', 'ASKED', 'ROUNDING', 'BOTTLENECK', 'SENSITIVITY', 'PARTS', 'FRESH', 'spend', 'outside', 'Teacher',
            'image_difference', 'image_distance', 'rows_of', 'TeacherTerm', 'KeepAnswers', 'in_part', 'fresh', 'timed',
-           'mirrored', 'one_cycle', 'train_proxy']
+           'mirrored', 'left_to_right', 'one_cycle', 'train_proxy']
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #9ca39d76
 import re
@@ -26,6 +26,7 @@ from ..data.loaders import buckets
 from ..machinery.disk import DataError
 from ..network.learner import to_image
 from ..network.weights import seeded, unwrapped
+from ..signal.kspace import fft2c, ifft2c
 from .core import BatchPlan, LossTerm
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #45bdc126
@@ -37,7 +38,8 @@ def spend(
     slices,  # forward-backward passes of one slice; a forward pass alone counts `FORWARD`
     seconds=0.0,  # only for work outside of the epochs: there the meter's own clock stands still
 ):
-    "Put work that is not an ordinary step on the Learner's meter"
+    "Put work that is not an ordinary step on the Learner's meter, and on its account `learn.aside`"
+    learn.aside = getattr(learn, 'aside', 0.0) + slices
     meter = getattr(learn, 'work_meter', None)
     if meter is not None:
         meter.slices, meter.seconds = meter.slices + slices, meter.seconds + seconds
@@ -240,6 +242,22 @@ def mirrored(
     flips = torch.randint(0, 4, (1,), generator=torch.Generator().manual_seed(seed)).item()
     dims = [dim for bit, dim in ((1, -1), (2, -2)) if flips & bit]
     return tuple(t.flip(dims) for t in x), y._replace(target=y.target.flip(dims), image=y.image.flip(dims))
+
+# %% ../../nbs/47_unlearn.teachers.ipynb #4e91ee5f
+def left_to_right(
+    x: tuple,  # inputs of the network
+    y: Targets,  # of the same slices
+    input: str,  # what the inputs are: 'image' or 'kspace'
+) -> tuple:  # (inputs, `Targets`)
+    "A batch mirrored left to right; of k-space, the coils' images are, and the lines that were kept move with them"
+    there = y._replace(target=y.target.flip(-1), image=y.image.flip(-1))
+    if input == 'image':
+        return tuple(t.flip(-1) for t in x), there
+    kspace, mask, *rest = x
+    width = kspace.shape[-1]
+    mask = mask.flip(-1).roll(1 - width % 2, -1)  # frequency f becomes -f
+    image = ifft2c(kspace).flip(-1).roll(-((width - y.target.shape[-1]) % 2), -1)  # what is cropped stays the same
+    return (fft2c(image) * mask, mask, *rest), there
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #b6f20393
 def one_cycle(
