@@ -79,7 +79,8 @@ def test_a_dry_run_says_four_things(ahead):
     assert f'matches volumes: 1, patients: 1 ({STRANGER}), slices: 3; volumes for training: 1' in ahead[0]
     assert any(line.split() == ['forget_train', 'brain', '1', '1', '3'] for line in ahead)
     assert starting(ahead, 'kind of request').endswith('memory')
-    assert starting(ahead, 'level to end at: nothing: ').endswith('estimated by proxies and held-out scans')
+    source = 'estimated by mirrored scans, proxies and held-out scans'
+    assert starting(ahead, 'level to end at: nothing: ').endswith(source)
     assert starting(ahead, 'work: about ').endswith('retained volumes at hand: 7')
     assert ahead[-1] == 'nothing to forget: the network would stay as it is'
 

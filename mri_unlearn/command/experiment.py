@@ -15,8 +15,8 @@ from .options import QUERY, add_command, add_files, add_mixed, positive, read_me
 
 # %% ../../nbs/93_command.experiment.ipynb #7c094816
 SETTINGS = (
-    'seed model epochs oracle_seeds methods rounds steps study_fractions unlearn_seeds hallucination limit_volumes '
-    'num_workers test'
+    'seed model epochs oracle_seeds methods rounds steps budget study_fractions unlearn_seeds hallucination '
+    'limit_volumes num_workers test'
 ).split()  # options that replace a setting of the same name
 
 
@@ -95,6 +95,8 @@ def add_methods(
     p.add_argument('--method-settings', metavar='FILE.json', help=own)
     p.add_argument('--rounds', type=positive, help='of unlearning; the last one counts')
     p.add_argument('--steps', type=positive, help='batches in a round')
+    share = "share of an Oracle's training that a method may take, such as 0.094; sets the steps"
+    p.add_argument('--budget', type=float, metavar='SHARE', help=share)
 
 # %% ../../nbs/93_command.experiment.ipynb #907130f2
 def add_protocol(

@@ -28,6 +28,7 @@ from mri_unlearn.experiment.networks import (
     run_method,
     run_network,
     score_network,
+    steps_of,
     train_network,
     trained_networks,
     unlearning_plan,
@@ -166,7 +167,7 @@ def unlearning_work(
     if sides != 'retain':
         parts.append(splits[splits.split == 'forget_train'])
     seen = pd.concat(parts)
-    steps = u.steps or ceil(int(seen.slices.sum()) / u.bs)
+    steps = steps_of(settings, splits) or ceil(int(seen.slices.sum()) / u.bs)
     return Work(u.rounds * steps * u.bs, (u.rounds - 1) * scored + after, len(seen), TRAINED_ON['original'], u.bs)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['TRAINED_ON', 'SCORED', 'input_kind', 'mask_of', 'in_precision', 'new_network', 'scoring_loader', 'kept_bytes',
            'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'training_seed', 'train_network',
            'run_network', 'write_images', 'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan',
-           'unlearning_seed', 'unlearned_learner', 'run_method']
+           'unlearning_seed', 'steps_of', 'unlearned_learner', 'run_method']
 
 # %% ../../nbs/77_experiment.networks.ipynb #09bbcee0
 import pandas as pd
@@ -271,6 +271,18 @@ def unlearning_seed(
     "The seed of an unlearning; the first of a method has the seed of the run"
     return settings.seed + 100 * network.seed
 
+# %% ../../nbs/77_experiment.networks.ipynb #93121d20
+def steps_of(
+    settings: Settings,  # of a run
+    splits: pd.DataFrame,  # volumes with their column `split`
+) -> int | None:  # None: one pass over what a method may see
+    "Batches in a round of unlearning: as set, or as many as a share of an Oracle's training pays for, one at least"
+    u = settings.unlearning
+    if u.budget is None:
+        return u.steps
+    oracle = settings.training.epochs * int(splits.slices[splits.split == 'retain_train'].sum())
+    return max(1, int(u.budget * oracle / (u.rounds * u.bs)))
+
 # %% ../../nbs/77_experiment.networks.ipynb #1b3d1f3a
 def unlearned_learner(
     run: Run,  # whose Original it starts from
@@ -287,7 +299,9 @@ def unlearned_learner(
     about = dict(seed=settings.seed, num_workers=settings.data.num_workers, input=input_kind(settings))
     dls = recon_dls(train, train.head(1), mask_of(settings), **about)
     original = recon_learner(dls, run_network(run, settings, 'original'), loss=settings.training.loss)
-    budget = dict(epochs=u.rounds, steps=u.steps, bs=u.bs, clip=u.clip, seed=unlearning_seed(settings, network))
+    budget = dict(
+        epochs=u.rounds, steps=steps_of(settings, splits), bs=u.bs, clip=u.clip, seed=unlearning_seed(settings, network)
+    )
     own = dict(lr=u.lr, held_out=splits[held_out]) | u.method_settings.get(network.method, {})
     return unlearn(original, train, network.method, network.fraction or 1.0, cbs=cbs, **budget, **own)
 

@@ -83,6 +83,7 @@ class UnlearningSettings:
 
     rounds: int = 3  # of unlearning; the last one is what counts
     steps: int = 16  # of the optimiser in a round; None: one pass over what the method may see
+    budget: float = 0.094  # share of an Oracle's training, in slices, that sets the steps instead; None: `steps`
     bs: int = _outside('unlearn_bs', 4)  # slices in a batch of unlearning
     lr: float = _outside('unlearn_lr', 1e-3)  # learning rate, constant, as in the paper
     clip: float = 0.5  # largest norm of the gradient, as in the paper; None: any
@@ -161,12 +162,12 @@ PLACES = _places()  # where the setting of a name is kept
 _TINY = (
     dict(data='tiny', seed=0, pools=3)
     | dict(epochs=25, bs=2, lr=5e-3, train_clip=None, oracle_seeds=2)
-    | dict(rounds=2, steps=4, fraction=0.5, methods=('full_ft', 'sub_ft', 'ga', 'nl_ft'))
+    | dict(rounds=2, steps=4, budget=None, fraction=0.5, methods=('full_ft', 'sub_ft', 'ga', 'nl_ft'))
     | dict(study=('nl_ft',), study_fractions=(1.0,), hallucination=(), third=0)
 )
 _LARGE = (  # what medium and paper share
     dict(model='varnet', precision='bfloat16', center_fraction=0.04, acceleration=8)
-    | dict(loss='ssim', lr=1e-3, unlearn_bs=2, hallucination=())
+    | dict(loss='ssim', lr=1e-3, budget=None, unlearn_bs=2, hallucination=())
 )
 _MEDIUM = dict(data='medium', num_workers=4, cascades=6, chans=12, sens_chans=4) | dict(steps=160, unlearn_lr=3e-4)
 _PAPER = dict(data='', num_workers=8, chans=18, epochs=50, schedule='constant', oracle_seeds=1) | dict(
@@ -215,6 +216,8 @@ def _check_numbers(settings):
     for fraction in (settings.unlearning.fraction, *settings.study.fractions):
         if not 0 < fraction <= 1:
             raise DataError(f'retain fraction {fraction} is not allowed: expected a number above 0 and at most 1')
+    if settings.unlearning.budget is not None and not 0 < settings.unlearning.budget:
+        raise DataError(f'a budget of {settings.unlearning.budget} is not allowed: expected a share above 0')
     if settings.unlearning.seeds < 1:
         raise DataError('each method has to run at least once: unlearn_seeds is 1 or more')
     if settings.training.oracle_seeds < 1:
@@ -230,7 +233,8 @@ def prepare(
         raise DataError(f'unknown preset {preset!r}: expected one of {", ".join(EXPERIMENTS)}')
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     network = VARNET.get(preset, {}) if given.get('model') == 'varnet' else {}
-    settings = Settings().replace(**EXPERIMENTS[preset] | network | given)
+    steps = dict(budget=None) if 'steps' in given and 'budget' not in given else {}  # who names the steps means them
+    settings = Settings().replace(**EXPERIMENTS[preset] | network | steps | given)
     for check in (_check_words, _check_methods, _check_numbers):
         check(settings)
     return settings
