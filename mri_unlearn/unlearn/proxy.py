@@ -81,13 +81,13 @@ class Twin(Teacher):
     into = 'twin'
 
     def after_pred(self):
-        if not self.training:
-            return
         y, input = Targets(*self.yb), self.dls.train_ds.input
         rows = y.forget
+        if not self.training or not rows.any():
+            return
         xb, there = left_to_right(tuple(x[rows] for x in self.xb), rows_of(y, rows), input)
         with torch.no_grad():
-            self.learn.twin = to_image(self.net(*xb), there, input).flip(-1) if rows.any() else None
+            self.learn.twin = to_image(self.net(*xb), there, input).flip(-1)
         spend(self.learn, FORWARD * rows.sum().item())
 
 
