@@ -185,7 +185,8 @@ class Settle(_OnALine):
     def before_fit(self):
         self.found = {}
         self.start = {name: v.detach().clone() for name, v in self.model.state_dict().items()}
-        self.first = over_zero_filled(self.learn, self.looks)
+        level = getattr(self.learn, 'level', None)  # for which the same slices were looked at
+        self.first = over_zero_filled(self.learn, self.looks) if level is None else level.now
 
     def after_fit(self):
         if (aim := self._aim()) is None:
