@@ -263,22 +263,27 @@ def _mirrored(learn, organs, looks):
     return *found, len(known) == 0 or memory(known, strangers, SPREAD['mirror'])[0] > BLIND
 
 
+def _is_nothing(drop, error, freedom):
+    "Whether a memory is small, not told from nothing, and measured well enough to say so"
+    return drop < NOTHING and drop < float(stats.t.ppf(0.95, freedom)) * error < SURE
+
+
 def _memory(learn, seen, organs, now, less, looks):
     "The level where others teach it: the Original's, less its memory of exactly these scans, less what an Oracle lacks"
     drop, error, freedom, sees = _mirrored(learn, organs, looks)
-    prior, source = _usual(now), 'estimated by mirrored scans, proxies and held-out scans'
+    drop, error = REMEMBERED * drop, (LEFT**2 + (REMEMBERED * error) ** 2) ** 0.5
+    shown, source, warning = (drop, error, freedom), 'estimated by mirrored scans, proxies and held-out scans', less[2]
     if not sees:
+        shown, source = seen, 'estimated by proxies and held-out scans'
         warning = (
             'the network does no better on retained scans of its training than on their mirror images, so that what it '
             'remembers cannot be seen: it was trained on mirrored scans, or remembers none'
         )
-        return _below(now, *pooled([seen], prior), less, 'estimated by proxies and held-out scans', warning)
-    drop, error = REMEMBERED * drop, (LEFT**2 + (REMEMBERED * error) ** 2) ** 0.5
-    half = float(stats.t.ppf(0.95, freedom)) * error
-    if drop < NOTHING and drop < half < SURE and not less[2]:
-        return Level('nothing', now, now, now - half, now + half, source)
-    drop, error = pooled([(drop, error), seen], prior)
-    return _below(now, drop, error, less, source, less[2])
+    if _is_nothing(*shown) and not less[2]:
+        half = float(stats.t.ppf(0.95, shown[2])) * shown[1]
+        return Level('nothing', now, now, now - half, now + half, source, warning)
+    measured = [shown[:2], seen[:2]] if sees else [seen[:2]]
+    return _below(now, *pooled(measured, _usual(now)), less, source, warning)
 
 
 def _by_prior(now, less):
@@ -315,7 +320,7 @@ def estimate_level(
     less = lacks(learn)
     if held_out is None:
         return _by_prior(now, less)
-    return _memory(learn, (drop, error), forget.organ, now, less, 4 * looks)
+    return _memory(learn, (drop, error, freedom), forget.organ, now, less, 4 * looks)
 
 # %% ../../nbs/51_unlearn.level.ipynb #5fdf7efa
 def instead(
