@@ -74,7 +74,7 @@ class ProxyMatch(TeacherTerm):
             target = self.target(answer, rows, y)
         return self.now() * rms_distance(self.images(self.pred)[rows], target, y).mean()
 
-
+# %% ../../nbs/53_unlearn.proxy.ipynb #e19ecd6e
 class Twin(Teacher):
     "A frozen copy of the network; in `learn.twin` its images of mirrored forgotten slices, mirrored back"
 
