@@ -233,7 +233,9 @@ def prepare(
         raise DataError(f'unknown preset {preset!r}: expected one of {", ".join(EXPERIMENTS)}')
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     network = VARNET.get(preset, {}) if given.get('model') == 'varnet' else {}
-    steps = dict(budget=None) if 'steps' in given and 'budget' not in given else {}  # who names the steps means them
+    if {'steps', 'budget'} <= set(given):
+        raise DataError('steps and budget both say how much work a method may do: name one of them')
+    steps = dict(budget=None) if 'steps' in given else {}  # who names the steps means them
     settings = Settings().replace(**EXPERIMENTS[preset] | network | steps | given)
     for check in (_check_words, _check_methods, _check_numbers):
         check(settings)

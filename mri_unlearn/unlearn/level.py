@@ -8,8 +8,6 @@ __all__ = ['PROXY_LEAD', 'SHARED', 'COMPETENCE', 'NOTHING', 'SURE', 'REMEMBERED'
            'mirror_gains', 'memory', 'pooled', 'lacks', 'estimate_level', 'instead']
 
 # %% ../../nbs/51_unlearn.level.ipynb #d785aa9a
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -25,7 +23,7 @@ from ..network.learner import to_image
 from ..network.unet import UNet
 from ..network.varnet import VarNet
 from ..network.weights import unwrapped
-from .teachers import FORWARD, image_difference, left_to_right, outside, spend
+from .teachers import FORWARD, at_rest, image_difference, outside, spend, twin_images
 
 # %% ../../nbs/51_unlearn.level.ipynb #5e7be9f6
 @dataclass(frozen=True)
@@ -54,26 +52,13 @@ def _error(image, y):
     return image_difference(image, y.target, y).square().mean((1, 2))
 
 
-@contextmanager
-def _at_rest(learn):
-    "The network in eval mode and without gradients, and the seconds on the meter"
-    start, training = time.perf_counter(), learn.model.training
-    learn.model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        learn.model.train(training)
-        spend(learn, 0.0, time.perf_counter() - start)
-
-
 def over_zero_filled(
     learn: Learner,  # made by `unlearn`
     n: int,  # forget slices of the training set to look at, evenly chosen
 ) -> float:  # dB
     "By how much the network's images are better than zero-filled ones, mean over slices; put on the meter"
     found = []
-    with _at_rest(learn):
+    with at_rest(learn):
         for xb, y in outside(learn, True, n, bs=4):
             image = to_image(learn.model(*xb), y, learn.dls.train_ds.input)
             found.append(10 * torch.log10(_error(y.image, y) / _error(image, y)))
@@ -107,7 +92,7 @@ def errors(
 
     `db` is by how much the network is better than the proxies. Put on the meter."""
     input, found, rows = learn.dls.train_ds.input, [], []
-    with _at_rest(learn):
+    with at_rest(learn):
         for xb, y in batches:
             images = y.image, to_image(learn.model(*xb), y, input), mean_image(proxies, xb, y, input)
             found.append(torch.stack([_error(image, y) for image in images], 1).cpu())
@@ -146,11 +131,10 @@ def mirror_gains(
 ) -> pd.DataFrame:  # one row a slice: patient, organ, db
     "By how many dB the network is better on slices than on their mirror images; put on the meter"
     input, found, rows = learn.dls.train_ds.input, [], []
-    with _at_rest(learn):
+    with at_rest(learn):
         for xb, y in batches:
-            there, back = (
-                _error(to_image(learn.model(*x), t, input), t) for x, t in ((xb, y), left_to_right(xb, y, input))
-            )
+            images = to_image(learn.model(*xb), y, input), twin_images(learn.model, xb, y, input)
+            there, back = (_error(image, y) for image in images)
             found.append(10 * torch.log10(back / there).cpu())
             rows += y.volume.tolist()
     spend(learn, len(rows) * FORWARD * 2)
@@ -189,7 +173,9 @@ def memory(
     """How much better the Original is on forgotten scans than it would be without them, a mean over patients
 
     Compared are scans of the same organ, where there are any; what both sides share drops out."""
-    forgotten, strangers = (t.groupby(['organ', 'patient']).db.mean().reset_index() for t in (forgotten, strangers))
+    forgotten, strangers = (
+        t.groupby(['organ', 'patient'], dropna=False).db.mean().reset_index() for t in (forgotten, strangers)
+    )
     usual = strangers.groupby('organ').db.mean()
     n, beside = len(strangers), forgotten.organ.map(usual).fillna(strangers.db.mean())
     rest, freedom = strangers.db - strangers.organ.map(usual), n - len(usual) + 4
@@ -322,7 +308,11 @@ def estimate_level(
     teaches, where it is much, and otherwise memory, of which mirrored scans say more. Put on the meter.
     """
     forget = errors(learn, proxies, outside(learn, True, looks, bs=4), learn.dls.train_ds.volumes)
-    now, held_out = _levels(forget, 'original'), held_out_slices(learn, forget.organ, looks)
+    now = _levels(forget, 'original')
+    shared = _shared(learn, forget, now) if kind != 'memory' and now > USELESS else None
+    if shared is not None:
+        return shared
+    held_out = held_out_slices(learn, forget.organ, looks)
     if held_out is None:
         control = errors(learn, proxies, outside(learn, False, looks, bs=4), learn.dls.train_ds.volumes)
     else:
@@ -331,9 +321,8 @@ def estimate_level(
     much, sure = COMPETENCE * now / 2, drop
     if set(forget.organ) <= set(learn.taught.organ):  # others teach it: then all speaks against a lost competence
         much, sure = 4 * much, drop - float(stats.t.ppf(0.95, freedom)) * error
-    shared = _shared(learn, forget, now) if kind != 'memory' and now > USELESS else None
-    if shared or kind == 'competence' or (kind is None and (now < USELESS or sure > much)):
-        return shared or _competence(learn, forget, now)
+    if kind == 'competence' or (kind is None and (now < USELESS or sure > much)):
+        return _competence(learn, forget, now)
     less = lacks(learn)
     if held_out is None:
         return _by_prior(now, less)

@@ -7,8 +7,6 @@ __all__ = ['check_level', 'forget_losses', 'forget_level', 'ForgetHinge', 'neggr
            'scrub_hinge', 'UnlearningAware', 'uam', 'FadingL1', 'l1_sparse', 'validation_losses']
 
 # %% ../../nbs/48_unlearn.losses.ipynb #50aa7ae0
-import time
-
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
@@ -22,6 +20,7 @@ from mri_unlearn.unlearn.teachers import (
     KeepAnswers,
     Teacher,
     TeacherTerm,
+    at_rest,
     image_distance,
     outside,
     rows_of,
@@ -48,16 +47,14 @@ def forget_losses(
     n: int = 16,  # forget slices of the training set to look at, evenly chosen
 ) -> tuple:  # (loss of the network, of the zero-filled images), means over slices, as the Learner's loss counts
     "How well the network, and no network, do on forget slices; the pass is put on the meter"
-    start, training, found = time.perf_counter(), learn.model.training, []
-    learn.model.eval()
-    with torch.no_grad():
+    found = []
+    with at_rest(learn):
         for xb, y in outside(learn, True, n, bs=4):
             now = learn.loss_func.per_item(learn.model(*xb), *y)
             zero_filled = losses_of_images(learn.loss_func, y.image, y, learn.dls.train_ds.input)
             found.append(torch.stack([now, zero_filled], 1))
-    learn.model.train(training)
     found = torch.cat(found)
-    spend(learn, len(found) * FORWARD, time.perf_counter() - start)
+    spend(learn, len(found) * FORWARD)
     return tuple(found.mean(0).tolist())
 
 # %% ../../nbs/48_unlearn.losses.ipynb #d4785a13

@@ -22,20 +22,21 @@ from ..network.learner import to_image
 from .catalog import method
 from .core import RetainDescent
 from .level import estimate_level, instead, mean_image
-from .path import Mirror, Movable, OneCycle, Settle, SpareRetained, rms_distance
+from .path import LOOKS, Mirror, Movable, OneCycle, Settle, SpareRetained, rms_distance
 from mri_unlearn.unlearn.teachers import (
     FORWARD,
     Teacher,
     TeacherTerm,
+    at_rest,
     fresh,
     image_difference,
     in_part,
-    left_to_right,
     outside,
     rows_of,
     spend,
     timed,
     train_proxy,
+    twin_images,
 )
 
 # %% ../../nbs/53_unlearn.proxy.ipynb #c3079185
@@ -85,9 +86,8 @@ class Twin(Teacher):
         rows = y.forget
         if not self.training or not rows.any():
             return
-        xb, there = left_to_right(tuple(x[rows] for x in self.xb), rows_of(y, rows), input)
         with torch.no_grad():
-            self.learn.twin = to_image(self.net(*xb), there, input).flip(-1)
+            self.learn.twin = twin_images(self.net, tuple(x[rows] for x in self.xb), rows_of(y, rows), input)
         spend(self.learn, FORWARD * rows.sum().item())
 
 
@@ -114,17 +114,13 @@ def target_errors(
 ) -> pd.DataFrame:  # one row a slice: mean squares zero, mixed and proxy, mean product cross
     "Errors of zero-filled images, of what `MemoryMatch` mixes and of proxies; the mean product of the last two"
     input, found = learn.dls.train_ds.input, []
-    learn.model.eval()
-    with torch.no_grad(), timed(learn):
+    with at_rest(learn):
         for xb, y in outside(learn, True, looks, bs=4):
-            mirrored, there = left_to_right(xb, y, input)
-            twin = to_image(learn.model(*mirrored), there, input).flip(-1)
-            mixed = torch.lerp(to_image(learn.model(*xb), y, input), twin, mix)
+            mixed = torch.lerp(to_image(learn.model(*xb), y, input), twin_images(learn.model, xb, y, input), mix)
             images = y.image, mixed, mean_image(learn.proxies, xb, y, input)
             zero, mixed, answer = (image_difference(image, y.target, y) for image in images)
             products = (zero * zero, mixed * mixed, answer * answer, mixed * answer)
             found.append(torch.stack([p.mean((1, 2)) for p in products], 1).cpu())
-    learn.model.train()
     table = pd.DataFrame(torch.cat(found).double().numpy(), columns=['zero', 'mixed', 'proxy', 'cross'])
     spend(learn, len(table) * FORWARD * (2 + len(learn.proxies)))
     return table
@@ -152,7 +148,7 @@ class _Proxies(Callback):
     "What `Aim` needs to train proxies and to estimate a level with them"
 
     order, left = CastToTensor.order - 2, ('proxies', 'beyond', 'until')  # before everything else
-    looks = 12  # slices at a time
+    looks = LOOKS  # slices at a time
 
     def _train(self):
         "Train `count` proxies"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORWARD', 'ASKED', 'ROUNDING', 'BOTTLENECK', 'SENSITIVITY', 'PARTS', 'FRESH', 'spend', 'outside', 'Teacher',
            'image_difference', 'image_distance', 'rows_of', 'TeacherTerm', 'KeepAnswers', 'in_part', 'fresh', 'timed',
-           'mirrored', 'left_to_right', 'one_cycle', 'train_proxy']
+           'at_rest', 'mirrored', 'left_to_right', 'twin_images', 'one_cycle', 'train_proxy']
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #9ca39d76
 import re
@@ -229,6 +229,20 @@ def timed(
     finally:
         spend(learn, 0.0, time.perf_counter() - start)
 
+# %% ../../nbs/47_unlearn.teachers.ipynb #4aa184d7
+@contextmanager
+def at_rest(
+    learn,  # Learner, with or without a `WorkMeter`
+):
+    "The network in eval mode and without gradients, as long as something is looked at; the seconds go on the meter"
+    training = learn.model.training
+    learn.model.eval()
+    try:
+        with timed(learn), torch.no_grad():
+            yield
+    finally:
+        learn.model.train(training)
+
 # %% ../../nbs/47_unlearn.teachers.ipynb #4ad18ce4
 def mirrored(
     x: tuple,  # inputs of the network
@@ -258,6 +272,17 @@ def left_to_right(
     mask = mask.flip(-1).roll(1 - width % 2, -1)  # frequency f becomes -f
     image = ifft2c(kspace).flip(-1).roll(-((width - y.target.shape[-1]) % 2), -1)  # what is cropped stays the same
     return (fft2c(image) * mask, mask, *rest), there
+
+# %% ../../nbs/47_unlearn.teachers.ipynb #4344233d
+def twin_images(
+    network,  # nn.Module
+    x: tuple,  # its inputs
+    y: Targets,  # of the same slices
+    input: str,  # what the inputs are: 'image' or 'kspace'
+) -> torch.Tensor:  # float [B, h, w], in the units of the file
+    "What a network makes of a mirrored batch, mirrored back: of the same scans, as if it had never seen them"
+    x, there = left_to_right(x, y, input)
+    return to_image(network(*x), there, input).flip(-1)
 
 # %% ../../nbs/47_unlearn.teachers.ipynb #b6f20393
 def one_cycle(
