@@ -260,7 +260,7 @@ def nothing_to_forget() -> tuple:  # (Original, volumes with their column `split
     volumes = simulate_dataset(folder.name, 'tiny', workers=1, progress=False, **size).reset_index(drop=True)
     train = volumes.folder.str.endswith('_train')
     dls = recon_dls(volumes[train], volumes[~train], bs=2, device='cpu')
-    learn = recon_learner(dls, new_unet(1, chans=4, num_pool_layers=2))
+    learn = recon_learner(dls, new_unet(0, chans=4, num_pool_layers=2))
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(20, 5e-3, cbs=SkipValidation())
     named = volumes.patient_id.isin(sorted(volumes.patient_id[~train & (volumes.organ == 'knee')].unique())[5:])
