@@ -105,7 +105,7 @@ class StudySettings:
 class ExtraSettings:
     "What else is looked at, where the files tell enough about themselves"
 
-    third: int = 6  # scans of an organ that nobody is trained on (`22_phantom.untrained`), with simulated data; 0: none
+    third: int = 6  # scans of an organ that nobody is trained on (`24_phantom.untrained`), with simulated data; 0: none
     hallucination: tuple = ('sub_ft', 'nl_ft', 'proxy')  # methods that also face a planted structure; (): no such test
 
 # %% ../../nbs/75_experiment.settings.ipynb #f566131b
