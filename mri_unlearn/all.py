@@ -17,6 +17,7 @@ from .machinery.workers import *
 from .data.header import *
 from .data.writing import *
 from .data.files import *
+from .data.meta import *
 from .data.volumes import *
 from .data.request import *
 from .data.slices import *

@@ -23,7 +23,8 @@ from mri_unlearn.phantom.images import image_kspace
 from mri_unlearn.phantom.image_sets import simulate_from_images
 from mri_unlearn.machinery.disk import DataError
 from mri_unlearn.data.volumes import index_volumes
-from mri_unlearn.data.files import read_header, read_slice, read_target
+from mri_unlearn.data.files import read_slice, read_target
+from mri_unlearn.data.meta import read_header
 from mri_unlearn.data.writing import rss_target
 
 MM = (5.0, 2.0, 2.0)  # slice, row, column

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from mri_unlearn.data import volumes
-from mri_unlearn.data.files import read_header, read_item, read_mask, read_slice, read_target
+from mri_unlearn.data.files import read_item, read_mask, read_slice, read_target
+from mri_unlearn.data.meta import read_header
 from mri_unlearn.data.header import Header
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.data.writing import write_volume

@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import mri_unlearn
-from .files import read_header, read_meta
+from .meta import read_header, read_meta
 from .header import crop_size, padding_in
 from ..machinery.disk import DataError, atomic_path
 

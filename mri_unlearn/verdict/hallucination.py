@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.files import read_extras, read_header, read_slice, read_target
+from ..data.files import read_extras, read_slice, read_target
+from ..data.meta import read_header
 from ..data.header import padding_in
 from ..signal.kspace import center_crop, rss
 from ..signal.masks import clip_mask, file_seed

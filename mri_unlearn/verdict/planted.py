@@ -19,7 +19,8 @@ import torch
 from scipy import ndimage, signal, stats
 from tqdm import tqdm
 
-from ..data.files import read_array, read_extras, read_header, read_meta, read_target
+from ..data.files import read_array, read_extras, read_target
+from ..data.meta import read_header, read_meta
 from ..data.writing import rss_target, write_volume
 from ..data.header import padding_in
 from ..machinery.disk import DataError
