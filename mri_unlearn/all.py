@@ -19,6 +19,7 @@ from .data.writing import *
 from .data.files import *
 from .data.meta import *
 from .data.volumes import *
+from .data.inspect import *
 from .data.request import *
 from .data.slices import *
 from .data.loaders import *
