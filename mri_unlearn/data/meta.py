@@ -53,7 +53,7 @@ def _attr(f, name):
     elif _is_text(kind) and size == 16:
         out, kind = np.empty(1, _TEXT), _TEXT_TYPE
     elif kind.get_class() == h5py.h5t.ENUM and size == 1:
-        out = np.empty(1, np.int8)
+        out = np.empty(1, np.bool_)
     else:
         out, kind = np.empty(attribute.shape, attribute.dtype), None
     attribute.read(out, kind)
