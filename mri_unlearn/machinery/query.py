@@ -99,7 +99,7 @@ def _parsed(query):
         return ast.parse(' '.join(text for _, text in words), mode='eval').body, columns
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as e:
         hint = ', with two equal signs' if ('sign', '=') in words else ''
-        reason = printable(getattr(e, 'msg', '') or 'too large or nested too deep', 100)
+        reason = printable(getattr(e, 'msg', getattr(e, 'reason', '')) or 'too large or nested too deep', 100)
         raise _refuse(query, f'cannot be read ({reason}). {_EXAMPLE}{hint}.') from None
 
 # %% ../../nbs/08_machinery.query.ipynb #2f4bbb65
