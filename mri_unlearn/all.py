@@ -10,8 +10,11 @@ from .signal.kspace import *
 from .signal.masks import *
 
 # %% ../nbs/99_all.ipynb #1d225205
+from .machinery.ranges import *
+from .machinery.text import *
 from .machinery.disk import *
 from .machinery.workers import *
+from .machinery.query import *
 
 # %% ../nbs/99_all.ipynb #996a711e
 from .data.header import *

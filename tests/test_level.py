@@ -136,7 +136,9 @@ def test_a_level_that_is_none(home):
     before = files(home)
     p = ask(home, '--set', 'level=abc', out='never.pt')
     assert p.returncode == 1 and p.stdout == '' and len(p.stderr.strip().splitlines()) == 1
-    assert p.stderr.startswith("error: settings of proxy: level must be a number, found 'abc'")
+    assert p.stderr.startswith(
+        "error: settings of proxy: level must be a number of at least -1,000 and at most 1,000, or none, found 'abc'"
+    )
     assert files(home) == before
 
 

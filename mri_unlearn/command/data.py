@@ -8,7 +8,9 @@ __all__ = ['IMAGES_ONLY', 'MOST_ROWS', 'SHOWN', 'simulate', 'from_images', 'add_
 # %% ../../nbs/91_command.data.ipynb #b507d74c
 import argparse
 
-from .options import add_command, add_files, index_of, positive, say_skipped
+from .options import add_command, add_files, file_name, index_of, say, say_skipped, table_text
+from .outputs import holds_columns, must_be_folder, must_be_writable
+from ..machinery.ranges import COUNT, SEED, Number
 
 # %% ../../nbs/91_command.data.ipynb #bc43ac1b
 IMAGES_ONLY = ('organ', 'plane', 'coils', 'recon', 'fov', 'snr', 'slices', 'limit_volumes', 'patient', 'strict')
@@ -26,11 +28,13 @@ def simulate(
         raise DataError(f'--{given[0].replace("_", "-")} goes with --from-images DIR; simulated anatomy has its own')
     if args.preset and args.from_images:
         raise DataError('--preset is for simulated anatomy, --from-images for images: give one of them')
+    read = [args.from_images] if args.from_images else []
+    must_be_folder(args.out, read, marks=['simulation.json'], foreign=['*'])
     if args.from_images:
         index = from_images(args)
     else:
         index = simulate_dataset(args.out, args.preset or 'small', args.seed)
-    print(f'{len(index)} volumes, {index.slices.sum()} slices in {args.out}; their k-space is simulated')
+    say(f'{len(index)} volumes, {index.slices.sum()} slices in {args.out}; their k-space is simulated')
 
 
 def from_images(
@@ -49,18 +53,26 @@ def add_images(
 ):
     "Options of `simulate` for k-space from images"
     what = 'make k-space from the NIfTI, DICOM or .npy volumes in this folder instead of simulated anatomy; '
-    p.add_argument('--from-images', metavar='DIR', help=what + 'e.g. with --slices 16 --recon 320 320')
+    p.add_argument('--from-images', type=file_name, metavar='DIR', help=what + 'e.g. with --slices 16 --recon 320 320')
     g = p.add_argument_group('with --from-images')
     size = ('ROWS', 'COLS')
     g.add_argument('--organ', metavar='NAME', help='what the images show, where they do not tell')
     g.add_argument('--plane', choices=['axial', 'coronal', 'sagittal'], help='along which to cut; default: as acquired')
-    g.add_argument('--coils', type=positive, help="of each volume; default: the site's own number")
-    g.add_argument('--recon', type=positive, nargs=2, metavar=size, help='size of the image; default: its own')
-    g.add_argument('--fov', type=float, nargs=2, metavar=size, help='field of view, mm; default: its own')
-    g.add_argument('--snr', type=float, help='mean signal over noise of what is added; default: about 30')
-    g.add_argument('--slices', type=positive, metavar='N', help='the middle N slices')
-    g.add_argument('--limit-volumes', type=positive, metavar='N', help='at most N volumes')
-    g.add_argument('--val-fraction', type=float, default=0.2, help='share of the patients for testing')
+    g.add_argument('--coils', type=Number(1, 1_000, whole=True), help="of each volume; default: the site's own number")
+    g.add_argument(
+        '--recon', type=Number(8, 4_096, whole=True), nargs=2, metavar=size, help='size of the image; default: its own'
+    )
+    g.add_argument(
+        '--fov', type=Number(0, 10_000, above=True), nargs=2, metavar=size, help='field of view, mm; default: its own'
+    )
+    g.add_argument(
+        '--snr',
+        type=Number(0, 1_000_000, above=True),
+        help='mean signal over noise of what is added; default: about 30',
+    )
+    g.add_argument('--slices', type=COUNT, metavar='N', help='the middle N slices')
+    g.add_argument('--limit-volumes', type=COUNT, metavar='N', help='at most N volumes')
+    g.add_argument('--val-fraction', type=Number(0, 1), default=0.2, help='share of the patients for testing')
     g.add_argument('--patient', metavar='REGEX', help='where a path names the patient')
     g.add_argument('--strict', action='store_true', help='stop at a file that cannot be read')
 
@@ -75,11 +87,14 @@ def index(
     "list the volumes of a folder, from their headers alone"
     from mri_unlearn.machinery.disk import write_csv
 
+    if args.csv:
+        must_be_writable(args.csv, args.data, holds_columns('path', 'fname', 'patient_id'))
     found = index_of(args)
     if args.csv:
+        must_be_writable(args.csv, found.path)
         write_csv(args.csv, found)
     shown = found[SHOWN].assign(patient_id=found.patient_id.str.slice(0, 12))  # real ones have 64 characters
-    print(shown.head(MOST_ROWS).to_string(index=False))
+    print(table_text(shown.head(MOST_ROWS)))
     if len(found) > MOST_ROWS:
         print(f'… and {len(found) - MOST_ROWS} more (--csv FILE writes all); in short:\n{in_short(found)}')
     say_skipped(found)
@@ -92,7 +107,7 @@ def in_short(
     size = found.recon_rows.astype(str) + ' x ' + found.recon_cols.astype(str)
     groups = found.assign(image=size).groupby(['folder', 'organ', 'image', 'source'])
     table = groups.agg(patients=('patient_id', 'nunique'), volumes=('fname', 'size'), slices=('slices', 'sum'))
-    return table.reset_index().to_string(index=False)
+    return table_text(table.reset_index())
 
 # %% ../../nbs/91_command.data.ipynb #c0fdbca6
 def add_commands(
@@ -100,11 +115,11 @@ def add_commands(
 ):
     "Add `simulate` and `index`"
     p = add_command(commands, 'simulate', simulate, 'simulate --preset tiny --out scans')
-    p.add_argument('--out', required=True, metavar='DIR', help='folder for the files')
+    p.add_argument('--out', required=True, type=file_name, metavar='DIR', help='folder for the files')
     p.add_argument('--preset', help='tiny, small (default) or medium: simulated anatomy')
-    p.add_argument('--seed', type=int, default=0, help='another seed, other people')
+    p.add_argument('--seed', type=SEED, default=0, help='another seed, other people')
     add_images(p)
     p = add_command(commands, 'index', index, 'index --data fastmri/knee --csv volumes.csv')
     add_files(p)
-    p.add_argument('--csv', metavar='FILE.csv', help='write all columns there')
+    p.add_argument('--csv', type=file_name, metavar='FILE.csv', help='write all columns there')
     p.add_argument('--no-cache', action='store_true', help='read the header of every file again')

@@ -16,16 +16,19 @@ from mri_unlearn.command.options import (
     add_mask,
     index_of,
     mask_of,
-    must_be_writable,
-    positive,
+    file_name,
     read_setting,
-    record_beside,
+    say,
     say_skipped,
     settings_of,
     splits_of,
+    table_text,
     training_volumes,
     with_targets,
 )
+from .outputs import holds_columns, holds_weights, must_be_folder, must_be_writable, record_beside
+from ..experiment.settings import DEPTH, NetworkSettings, check_memory
+from ..machinery.ranges import COUNT, RATE
 
 # %% ../../nbs/92_command.networks.ipynb #c4345d10
 def new_model(
@@ -34,6 +37,8 @@ def new_model(
     "The untrained network that the options describe"
     from mri_unlearn.network.weights import new_unet, new_varnet
 
+    deep = dict(pools=args.pools, sens_pools=args.pools)
+    check_memory(NetworkSettings(args.model, args.chans, cascades=args.cascades, sens_chans=args.sens_chans, **deep))
     if args.model == 'unet':
         return new_unet(args.seed, chans=args.chans, num_pool_layers=args.pools)
     sizes = dict(num_cascades=args.cascades, sens_chans=args.sens_chans, sens_pools=args.pools)
@@ -50,14 +55,14 @@ def train(
     from mri_unlearn.network.learner import ProgressBar, SkipValidation, recon_learner
     from mri_unlearn.network.weights import input_of, save_weights
 
-    must_be_writable(args.out)
-    index = with_targets(index_of(args))
+    must_be_writable(args.out, args.data, holds_weights)
+    model, index = new_model(args), with_targets(index_of(args))
     rows = training_volumes(index)
     if args.only:
         rows = rows[ForgetRequest(args.only).select(rows)]
     if not len(rows):
         raise DataError(f'{args.data}: no volumes are left to train on; some patients are held back for testing')
-    model = new_model(args)
+    must_be_writable(args.out, index.path)
     reading = dict(bs=args.batch_size, seed=args.seed, num_workers=args.workers)
     dls = recon_dls(rows, rows.head(1), mask_of(args), input=input_of(model), **reading)
     bar = ProgressBar(f'train on {len(rows)} volumes')
@@ -65,7 +70,7 @@ def train(
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(args.epochs, args.lr)
     save_weights(learn.model, args.out)
-    print(f'trained on {len(rows)} of {len(index)} volumes, {len(dls.train_ds)} slices; weights in {args.out}')
+    say(f'trained on {len(rows)} of {len(index)} volumes, {len(dls.train_ds)} slices; weights in {args.out}')
 
 # %% ../../nbs/92_command.networks.ipynb #e7bae0a1
 NEEDS = {'retain': 'retain', 'forget': 'forget', 'both': 'forget + retain'}
@@ -118,9 +123,11 @@ def asked(
     from mri_unlearn.network.weights import input_of, load_network
 
     settings = settings_of(args)
-    must_be_writable(args.out)
-    record_beside(args.out)
+    read = [args.model, *args.data, *([args.method_settings] if args.method_settings else [])]
+    record_beside(args.out, read)
+    must_be_writable(args.out, read, holds_weights)
     net, splits = load_network(args.model), splits_of(args)
+    must_be_writable(args.out, splits.path)
     rows = splits[splits.split.str.endswith('train')]
     reading = dict(seed=args.seed, num_workers=args.workers, input=input_of(net))
     learn = recon_learner(recon_dls(rows, rows.head(1), mask_of(args), **reading), net, loss=args.loss)
@@ -171,7 +178,7 @@ def unlearn(
     from mri_unlearn.unlearn.core import unlearn
 
     if args.dry_run:
-        return print(look_ahead(args))
+        return say(look_ahead(args))
     learn, splits, work = asked(args)
     rows, held_out = sides(splits)
     bar, meter = ProgressBar(f'{args.method}, retain fraction {args.retain_fraction:g}'), WorkMeter()
@@ -183,8 +190,8 @@ def unlearn(
     write_json(path, record)
     used = done.dls.train_ds.volumes.split.value_counts()
     at_hand = f'{used.get("forget_train", 0)} forget and {used.get("retain_train", 0)} retain volumes at hand'
-    print(f'{args.method}: {at_hand}; weights in {args.out}, record in {path}')
-    print(what_was_done(done, record))
+    say(f'{args.method}: {at_hand}; weights in {args.out}, record in {path}')
+    say(what_was_done(done, record))
 
 # %% ../../nbs/92_command.networks.ipynb #801ad614
 def add_unlearn(
@@ -199,19 +206,21 @@ def add_unlearn(
     p = add_command(commands, 'unlearn', unlearn, example)
     add_data(p, forget=True)
     add_mask(p)
-    p.add_argument('--model', required=True, metavar='FILE.pt', help='weights of the network')
-    p.add_argument('--out', required=True, metavar='FILE.pt', help='weights after unlearning; a record beside them')
+    p.add_argument('--model', required=True, type=file_name, metavar='FILE.pt', help='weights of the network')
+    p.add_argument(
+        '--out', required=True, type=file_name, metavar='FILE.pt', help='weights after unlearning; a record beside them'
+    )
     which = f'default: {RECOMMENDED}, the recommended one; `mri_unlearn methods` lists all'
     p.add_argument('--method', default=RECOMMENDED, help=which)
     own = 'settings of methods, {"nl_ft": {"lr": 0.001, "lam": 0.1}}; what `mri_unlearn tune` writes'
-    p.add_argument('--method-settings', metavar='FILE.json', help=own)
+    p.add_argument('--method-settings', type=file_name, metavar='FILE.json', help=own)
     one = 'one setting of the method, may be repeated; counts more than the file'
     p.add_argument('--set', action='append', type=read_setting, metavar='NAME=VALUE', help=one)
     share = 'share of the retained training volumes that may be used'
     p.add_argument('--retain-fraction', type=float, default=0.1, help=share)
-    p.add_argument('--rounds', type=positive, default=3, help='passes over the steps; the last one counts')
-    p.add_argument('--steps', type=positive, help='batches a round; default: one pass')
-    p.add_argument('--lr', type=float, default=1e-3, help='learning rate, where the settings hold none')
+    p.add_argument('--rounds', type=COUNT, default=3, help='passes over the steps; the last one counts')
+    p.add_argument('--steps', type=COUNT, help='batches a round; default: one pass')
+    p.add_argument('--lr', type=RATE, default=1e-3, help='learning rate, where the settings hold none')
     only = 'only say what is matched, at which level the method would end and what it takes; nothing is written'
     p.add_argument('--dry-run', action='store_true', help=only)
 
@@ -229,8 +238,10 @@ def evaluate(
     from mri_unlearn.verdict.evaluate import evaluate
 
     if args.out:
-        must_be_writable(args.out)
+        must_be_writable(args.out, [*args.data, *args.model], holds_columns('volume', 'model', 'psnr'))
     index = splits_of(args) if args.forget else with_targets(index_of(args)).assign(split='')
+    if args.out:
+        must_be_writable(args.out, index.path)
     stems = [Path(m).stem for m in args.model] + ['zero_filled']
     nets = {s if stems.count(s) == 1 else str(m): load_network(m) for s, m in zip(stems, args.model)}
     if args.zero_filled or not args.model:
@@ -241,9 +252,9 @@ def evaluate(
     if args.out:
         write_csv(args.out, scores)
     means = scores.groupby(['model', 'organ', 'split', 'source'], sort=False)[['nmse', 'psnr', 'ssim']].mean()
-    print(means.round(4).reset_index().to_string(index=False))
+    print(table_text(means.round(4).reset_index()))
 
-
+# %% ../../nbs/92_command.networks.ipynb #64c5f57f
 def reconstruct(
     args,  # parsed options
 ):
@@ -252,13 +263,14 @@ def reconstruct(
     from mri_unlearn.show.figures import save_recon_picture
     from mri_unlearn.verdict.reconstruct import reconstruct
 
+    must_be_folder(args.out, [*args.data, *([args.model] if args.model else [])])
     about = {k: getattr(args, k) for k in ('mask', 'acceleration', 'center_fraction')}
     net, index = None if args.zero_filled else load_network(args.model), index_of(args)
     picture = save_recon_picture if args.png else None
     how = dict(bs=args.batch_size, picture=picture, num_workers=args.workers)
     n = reconstruct(net, index, mask_of(args), args.out, about, **how)
     where = f'in {args.out}, NAME.h5 with the dataset reconstruction'
-    print(f'volumes reconstructed: {n}, there already: {len(index) - n}; {where}')
+    say(f'volumes reconstructed: {n}, there already: {len(index) - n}; {where}')
     say_skipped(index)
 
 # %% ../../nbs/92_command.networks.ipynb #1f7bae69
@@ -267,10 +279,10 @@ def add_sizes(
 ):
     "Options of `train` that say which network"
     p.add_argument('--model', default='unet', choices=['unet', 'varnet'], help='kind of network')
-    p.add_argument('--cascades', type=positive, default=12, help='of a VarNet')
-    p.add_argument('--chans', type=positive, default=16, help='channels of the first level')
-    p.add_argument('--pools', type=positive, default=4, help='depth of the U-Net, or of those in a VarNet')
-    p.add_argument('--sens-chans', type=positive, default=8, help="channels of a VarNet's sensitivity network")
+    p.add_argument('--cascades', type=COUNT, default=12, help='of a VarNet')
+    p.add_argument('--chans', type=COUNT, default=16, help='channels of the first level')
+    p.add_argument('--pools', type=DEPTH, default=4, help='depth of the U-Net, or of those in a VarNet')
+    p.add_argument('--sens-chans', type=COUNT, default=8, help="channels of a VarNet's sensitivity network")
 
 # %% ../../nbs/92_command.networks.ipynb #9ef216fd
 def add_train(
@@ -278,12 +290,12 @@ def add_train(
 ):
     "Add `train`"
     p = add_command(commands, 'train', train, 'train --data scans --chans 8 --out net.pt')
-    add_data(p)
+    add_data(p, forget=None)
     add_mask(p)
-    p.add_argument('--out', required=True, metavar='FILE.pt', help='weights of the trained network')
+    p.add_argument('--out', required=True, type=file_name, metavar='FILE.pt', help='weights of the trained network')
     p.add_argument('--only', metavar='QUERY', help=f'train on these volumes only, {QUERY}')
-    p.add_argument('--epochs', type=positive, default=12, help='passes over the training volumes')
-    p.add_argument('--lr', type=float, default=3e-3, help='peak of the one-cycle schedule')
+    p.add_argument('--epochs', type=COUNT, default=12, help='passes over the training volumes')
+    p.add_argument('--lr', type=RATE, default=3e-3, help='peak of the one-cycle schedule')
     add_sizes(p)
 
 # %% ../../nbs/92_command.networks.ipynb #7d1689f7
@@ -294,16 +306,20 @@ def add_scoring(
     p = add_command(commands, 'evaluate', evaluate, 'evaluate --data scans --model net.pt --out scores.csv')
     add_data(p)
     add_mask(p)
-    p.add_argument('--model', nargs='*', default=[], metavar='FILE.pt', help='weights of one or several networks')
-    p.add_argument('--out', metavar='FILE.csv', help='scores, one row a volume')
+    p.add_argument(
+        '--model', nargs='*', default=[], type=file_name, metavar='FILE.pt', help='weights of one or several networks'
+    )
+    p.add_argument('--out', type=file_name, metavar='FILE.csv', help='scores, one row a volume')
     p.add_argument('--zero-filled', action='store_true', help='score the zero-filled image as well')
     p = add_command(commands, 'reconstruct', reconstruct, 'reconstruct --data scans --model net.pt --out predictions')
-    add_data(p)
+    add_data(p, forget=None)
     add_mask(p, loss=False)
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument('--model', metavar='FILE.pt', help='weights, fastMRI state_dict or Lightning checkpoint')
+    which.add_argument(
+        '--model', type=file_name, metavar='FILE.pt', help='weights, fastMRI state_dict or Lightning checkpoint'
+    )
     which.add_argument('--zero-filled', action='store_true', help='no network')
-    p.add_argument('--out', required=True, metavar='DIR', help='folder for the predictions')
+    p.add_argument('--out', required=True, type=file_name, metavar='DIR', help='folder for the predictions')
     p.add_argument('--png', action='store_true', help='also a picture of each volume')
 
 

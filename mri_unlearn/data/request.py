@@ -17,33 +17,17 @@ import pandas as pd
 
 from .meta import one_spelling
 from ..machinery.disk import DataError
+from ..machinery.query import absent_values, rows_of_query
 
 # %% ../../nbs/30_data.request.ipynb #3221eb50
 def select_volumes(
     index: pd.DataFrame,  # one row a volume
-    query: str,  # condition over its columns
+    query: str,  # condition over its columns, see `rows_of_query`
 ) -> pd.Series:  # bool, with the labels of `index`; a gap in a column counts as no
     "Rows that fulfil `query`. DataError: an empty index, a query that cannot be read or is no condition."
     if not len(index):
         raise DataError('the index is empty: there is no volume to choose from.')
-    try:
-        hit = index.eval(query, engine='python')
-    except pd.errors.UndefinedVariableError as e:
-        raise DataError(
-            f'request {query!r}: {e}. The columns are {", ".join(index.columns)}; text needs quotes.'
-        ) from e
-    except Exception as e:  # pandas raises many kinds for what it cannot read
-        reason = str(e).split('\n')[0]
-        raise DataError(
-            f'request {query!r} cannot be read ({type(e).__name__}: {reason}). '
-            'Expected a condition such as "organ == \'knee\'".'
-        ) from e
-    if not isinstance(hit, pd.Series) or not pd.api.types.is_bool_dtype(hit):
-        raise DataError(
-            f'request {query!r} is no condition: it does not say yes or no for each volume. '
-            'Expected something like "organ == \'knee\'", with two equal signs.'
-        )
-    return hit.fillna(False).astype(bool)
+    return rows_of_query(index, query)
 
 # %% ../../nbs/30_data.request.ipynb #c864219c
 @dataclass(frozen=True)
@@ -58,12 +42,18 @@ class ForgetRequest:
         self,
         index: pd.DataFrame,  # one row a volume
     ) -> pd.Series:  # bool, with the labels of `index`
-        "True for each volume to forget. DataError: that is none of them or all, or as `select_volumes`."
-        hit = select_volumes(index, self.query)
+        """True for each volume to forget; a warning names text of the request that stands in no volume.
+
+        DataError: that is none of them or all, or as `select_volumes`."""
+        hit, shown = select_volumes(index, self.query), f'request {self.query!r:.200}'
+        absent = absent_values(index, self.query, excluded=hit.all()).replace('no row', 'no volume')
+        why = f': {absent}' if absent else ''
         if not hit.any():
-            raise DataError(f'request {self.query!r} matches none of the {len(index)} volumes.')
+            raise DataError(f'{shown} matches none of the {len(index)} volumes{why}.')
         if hit.all():
-            raise DataError(f'request {self.query!r} matches all {len(index)} volumes: nothing would be retained.')
+            raise DataError(f'{shown} matches all {len(index)} volumes{why}: nothing would be retained.')
+        if absent:
+            warnings.warn(f'{shown}{why}', stacklevel=2)
         return hit
 
     def split(
