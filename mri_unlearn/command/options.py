@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUERY', 'HELD_OUT', 'MOST_BYTES', 'add_command', 'OptionParser', 'file_name', 'say', 'table_text', 'add_files',
-           'add_mixed', 'add_data', 'add_mask', 'mask_of', 'index_of', 'with_targets', 'training_volumes', 'splits_of',
-           'say_skipped', 'read_method_settings', 'read_setting', 'settings_of']
+           'add_unchecked', 'add_mixed', 'add_data', 'add_mask', 'mask_of', 'index_of', 'with_targets', 'to_learn_from',
+           'training_volumes', 'splits_of', 'say_skipped', 'read_method_settings', 'read_setting', 'settings_of']
 
 # %% ../../nbs/90_command.options.ipynb #448f78ba
 import argparse
@@ -81,8 +81,16 @@ def add_files(
     p.add_argument('--data', required=required, nargs='+', action='extend', type=file_name, metavar='DIR', help=where)
     odd = 'stop at a file that cannot be read; otherwise it is left out, with a warning'
     p.add_argument('--strict', action='store_true', help=odd)
-    unsaid = 'organ of files that do not tell it by their name, acquisition or header'
+    unsaid = 'organ of files whose header does not tell; counts more than acquisition and file name'
     p.add_argument('--organ', metavar='NAME', help=unsaid)
+
+
+def add_unchecked(
+    p: argparse.ArgumentParser,  # of a command that learns from files
+):
+    "The option to learn from data that `mri_unlearn check` calls wrong"
+    past = 'use the data as they are, without the look that `mri_unlearn check` takes'
+    p.add_argument('--unchecked', action='store_true', help=past)
 
 
 def add_mixed(
@@ -156,14 +164,23 @@ def with_targets(
     return usable
 
 
+def to_learn_from(
+    args,  # parsed options of `add_data` and `add_unchecked`
+):  # DataFrame, one row a volume
+    "The volumes of --data with a target, after a look at them unless --unchecked says otherwise"
+    from mri_unlearn.data.inspect import checked
+
+    usable = with_targets(index_of(args))
+    return usable if args.unchecked else checked(usable)
+
+
 def training_volumes(
     index,  # from `index_of`
 ):  # its rows
-    "Volumes that may be trained on"
-    from mri_unlearn.data.request import held_out_by_folder, held_out_by_patient
+    "Volumes that may be trained on; raises `DataError` where patients stand on two sides"
+    from mri_unlearn.data.request import held_out
 
-    test = held_out_by_folder(index)
-    return index[~(held_out_by_patient(index, 0.2, HELD_OUT) if test is None else test)]
+    return index[~held_out(index, seed=HELD_OUT)]
 
 # %% ../../nbs/90_command.options.ipynb #81bb0c57
 def splits_of(
@@ -173,7 +190,8 @@ def splits_of(
     from mri_unlearn.data.request import ForgetRequest
 
     request = ForgetRequest(args.forget, allow_mixed=args.allow_mixed)
-    return request.split(with_targets(index_of(args)), seed=HELD_OUT)
+    learns = hasattr(args, 'unchecked')  # scoring does no harm
+    return request.split(to_learn_from(args) if learns else with_targets(index_of(args)), seed=HELD_OUT)
 
 
 def say_skipped(

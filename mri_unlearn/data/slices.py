@@ -11,7 +11,6 @@ import warnings
 from copy import copy
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from fasttransform import ItemTransform
