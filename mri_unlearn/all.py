@@ -43,6 +43,7 @@ from .phantom.image_sets import *
 from .network.unet import *
 from .network.varnet import *
 from .network.metrics import *
+from .network.checkpoint import *
 from .network.weights import *
 from .network.learner import *
 
