@@ -45,6 +45,7 @@ from .network.varnet import *
 from .network.metrics import *
 from .network.checkpoint import *
 from .network.weights import *
+from .network.finite import *
 from .network.learner import *
 
 # %% ../nbs/99_all.ipynb #29449eb8

@@ -237,13 +237,14 @@ def evaluate(
         nets['zero_filled'] = None
     reading, mask = dict(bs=args.batch_size, num_workers=args.workers), mask_of(args)
     dls = {kind: ReconDL(SliceDataset(index, mask, input=kind), **reading) for kind in INPUTS}
-    scores = pd.concat([evaluate(net, dls[input_of(net)]).assign(model=name) for name, net in nets.items()])
+    tables = [evaluate(net, dls[input_of(net)], name=name).assign(model=name) for name, net in nets.items()]
+    scores = pd.concat(tables)
     if args.out:
         write_csv(args.out, scores)
     means = scores.groupby(['model', 'organ', 'split', 'source'], sort=False)[['nmse', 'psnr', 'ssim']].mean()
     print(means.round(4).reset_index().to_string(index=False))
 
-
+# %% ../../nbs/92_command.networks.ipynb #b0169aa4
 def reconstruct(
     args,  # parsed options
 ):
