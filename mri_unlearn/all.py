@@ -48,7 +48,9 @@ from .phantom.image_sets import *
 from .network.unet import *
 from .network.varnet import *
 from .network.metrics import *
+from .network.checkpoint import *
 from .network.weights import *
+from .network.finite import *
 from .network.learner import *
 
 # %% ../nbs/99_all.ipynb #29449eb8

@@ -14,6 +14,7 @@ from mri_unlearn.command.options import (
     add_command,
     add_data,
     add_mask,
+    add_unchecked,
     index_of,
     mask_of,
     file_name,
@@ -23,6 +24,7 @@ from mri_unlearn.command.options import (
     settings_of,
     splits_of,
     table_text,
+    to_learn_from,
     training_volumes,
     with_targets,
 )
@@ -56,7 +58,7 @@ def train(
     from mri_unlearn.network.weights import input_of, save_weights
 
     must_be_writable(args.out, args.data, holds_weights)
-    model, index = new_model(args), with_targets(index_of(args))
+    model, index = new_model(args), to_learn_from(args)
     rows = training_volumes(index)
     if args.only:
         rows = rows[ForgetRequest(args.only).select(rows)]
@@ -206,6 +208,7 @@ def add_unlearn(
     p = add_command(commands, 'unlearn', unlearn, example)
     add_data(p, forget=True)
     add_mask(p)
+    add_unchecked(p)
     p.add_argument('--model', required=True, type=file_name, metavar='FILE.pt', help='weights of the network')
     p.add_argument(
         '--out', required=True, type=file_name, metavar='FILE.pt', help='weights after unlearning; a record beside them'
@@ -248,7 +251,8 @@ def evaluate(
         nets['zero_filled'] = None
     reading, mask = dict(bs=args.batch_size, num_workers=args.workers), mask_of(args)
     dls = {kind: ReconDL(SliceDataset(index, mask, input=kind), **reading) for kind in INPUTS}
-    scores = pd.concat([evaluate(net, dls[input_of(net)]).assign(model=name) for name, net in nets.items()])
+    tables = [evaluate(net, dls[input_of(net)], name=name).assign(model=name) for name, net in nets.items()]
+    scores = pd.concat(tables)
     if args.out:
         write_csv(args.out, scores)
     means = scores.groupby(['model', 'organ', 'split', 'source'], sort=False)[['nmse', 'psnr', 'ssim']].mean()
@@ -292,6 +296,7 @@ def add_train(
     p = add_command(commands, 'train', train, 'train --data scans --chans 8 --out net.pt')
     add_data(p, forget=None)
     add_mask(p)
+    add_unchecked(p)
     p.add_argument('--out', required=True, type=file_name, metavar='FILE.pt', help='weights of the trained network')
     p.add_argument('--only', metavar='QUERY', help=f'train on these volumes only, {QUERY}')
     p.add_argument('--epochs', type=COUNT, default=12, help='passes over the training volumes')

@@ -9,7 +9,6 @@ __all__ = ['COLUMNS', 'ENDINGS', 'PACKED', 'DEEPEST', 'cache_folder', 'index_vol
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 import warnings

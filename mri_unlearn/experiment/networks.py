@@ -192,7 +192,7 @@ def write_images(
 ):
     "Predictions of an Oracle on the test volumes, in a folder"
     progress.say(f'reconstruct with {oracle.label}')
-    for volume in reconstruct_volumes(model, test_dl):
+    for volume in reconstruct_volumes(model, test_dl, oracle.label):
         write_prediction(run.out / 'stages' / oracle.stage, volume)
         progress.step(SCORE_COST * len(volume.image))
     run.finish(f'images_{oracle.stage}')
@@ -237,7 +237,7 @@ def score_network(
             about = dict(oracle_seed=seed, split=row['split'], volume=row['fname'])
             found.append(network.columns | about | dict(agree_db=db))
 
-    scores = evaluate(model, dl, each=compare).assign(**network.columns)
+    scores = evaluate(model, dl, each=compare, name=network.label).assign(**network.columns)
     agree = pd.DataFrame(found, columns=[*KEYS, 'oracle_seed', 'split', 'volume', 'agree_db'])
     write_csv(run.out / 'stages' / f'{name}.agree.csv', agree.sort_values('oracle_seed', kind='stable'))
     write_csv(run.out / 'stages' / f'{name}.scores.csv', scores[SCORED])

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..data.slices import Targets
 from ..machinery.disk import DataError, atomic_path
+from .finite import StayFinite, check_images, check_rate
 from .metrics import nmse, paper_loss_slices, psnr, ssim
 from .weights import new_unet, new_varnet
 from ..signal.kspace import center_crop
@@ -111,15 +112,19 @@ class VolumeStore:
         if self.last is learn.yb:
             return  # another metric brought this batch already
         self.last, y = learn.yb, Targets(*learn.yb)
-        images = to_image(learn.pred, y, learn.dls.train_ds.input)
+        images, self.rows = to_image(learn.pred, y, learn.dls.train_ds.input), learn.dl.dataset.rows
+        check_images(images, y, self.rows)
         for v, s, p, t in zip(y.volume.tolist(), y.slice_num.tolist(), images.cpu(), y.target.cpu()):
             self.slices[v].append((s, p, t))
 
-    def volumes(self):
-        "(target, prediction) of every volume, slices in order"
-        for items in self.slices.values():
+    def scores(self, func):
+        "The score of every volume, slices in order; `DataError` names the file of one that has none"
+        for volume, items in self.slices.items():
             _, p, t = zip(*sorted(items, key=lambda o: o[0]))
-            yield torch.stack(t), torch.stack(p)
+            try:
+                yield func(torch.stack(t), torch.stack(p))
+            except ValueError as e:
+                raise DataError(f'{self.rows[volume]["path"]}: {e}') from e
 
 # %% ../../nbs/40_network.learner.ipynb #b6248db4
 class VolumeMetric(Metric):
@@ -140,7 +145,7 @@ class VolumeMetric(Metric):
 
     @property
     def value(self):
-        scores = [self.func(t, p) for t, p in self.store.volumes()]
+        scores = list(self.store.scores(self.func))
         return sum(scores) / len(scores) if scores else None
 
     @property
@@ -223,7 +228,8 @@ def recon_learner(
     metrics=None,  # default: volume-level NMSE, PSNR and SSIM
     **kwargs,  # of fastai's Learner
 ) -> Learner:  # a plain fastai Learner
-    "A fastai Learner for reconstruction; trains with Adam, as E2E-VarNet does"
+    "A fastai Learner for reconstruction; trains with Adam, as E2E-VarNet does, and stops at what is not finite"
+    check_rate(lr)
     input = dls.train_ds.input
     if model is None:
         model = new_unet(0) if input == 'image' else new_varnet(0)
@@ -233,15 +239,20 @@ def recon_learner(
         loss = copy(loss)
         loss.input = input
     metrics = volume_metrics() if metrics is None else metrics
-    return Learner(dls, model, loss_func=loss, lr=lr, metrics=metrics, opt_func=kwargs.pop('opt_func', Adam), **kwargs)
+    opt_func = kwargs.pop('opt_func', Adam)
+    learn = Learner(dls, model, loss_func=loss, lr=lr, metrics=metrics, opt_func=opt_func, **kwargs)
+    return learn.add_cb(StayFinite())
 
 # %% ../../nbs/40_network.learner.ipynb #97f1e521
 def _read_state(path):
     "What `_write_state` wrote"
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise DataError(f'{path}: damaged ({type(e).__name__}); delete it to train from the beginning') from e
+    if not all(torch.isfinite(v).all() for v in state['model'].values()):
+        raise DataError(f'{path}: the weights of this state are not finite; delete it to train from the beginning')
+    return state
 
 
 def _write_state(path, learn, losses):

@@ -25,6 +25,7 @@ from ..data.loaders import ReconDL
 from ..data.request import ForgetRequest, retain_subset
 from ..data.slices import SliceDataset, Targets
 from ..machinery.disk import DataError
+from ..network.finite import check_rate
 from ..network.learner import SkipValidation, recon_learner
 from .catalog import RECOMMENDED, Method, find_method
 
@@ -332,7 +333,8 @@ def unlearn(
     **settings,  # of the method: lam, alpha, forget_weight, retain_weight, …
 ) -> Learner:  # around the unlearned network, in eval mode; `loss_terms.history`: the mean of each term by round
     """Run an unlearning method on a copy of the network.
-    Raises `DataError` for an unknown method, settings that it does not have, or an impossible request."""
+    Raises `DataError` for an unknown method, settings that it does not have, an impossible request, or divergence."""
+    check_rate(lr)
     m = find_method(method)
     pool = unlearning_pool(learn, what, 1.0 if m.all_retain else retain_fraction, seed)
     callbacks = _callbacks(m, seed, settings)

@@ -21,6 +21,7 @@ from ..data.files import read_array
 from ..data.writing import write_arrays
 from ..data.slices import Targets
 from ..machinery.disk import DataError
+from ..network.finite import fault_of_image
 from ..network.learner import to_image
 from ..network.metrics import square_crop, volume_scores
 from ..signal.kspace import ifft2c, rss
@@ -39,8 +40,10 @@ class VolumeRecon(NamedTuple):
 def reconstruct_volumes(
     model,  # network, Learner, or None for the zero-filled image
     dl,  # ReconDL in file order (not shuffled), of the kind that the network takes
+    name: str = 'the network',  # for messages
 ):  # yields `VolumeRecon`, on the loader's device
-    "Reconstruct the volumes of a loader, one after the other; the network is put into evaluation and back"
+    """Reconstruct the volumes of a loader, one after the other; the network is put into evaluation and back.
+    Raises `DataError` for an image that is not finite."""
     model = model.model if isinstance(model, Learner) else model
     was_training = model is not None and model.training
     if model is not None:
@@ -50,10 +53,13 @@ def reconstruct_volumes(
         for batch in dl:
             x, y = batch[: dl.n_inp], Targets(*batch[dl.n_inp :])
             out = y.image if model is None else to_image(model(*x), y, dl.dataset.input)
-            for number, target, image in zip(y.volume.tolist(), y.target, out):
+            numbers, fine = y.volume.tolist(), torch.isfinite(out).flatten(1).all(1).tolist()
+            for i, (number, target, image) in enumerate(zip(numbers, y.target, out)):
                 if number != volume and images:
                     yield VolumeRecon(rows[volume], torch.stack(targets), torch.stack(images))
                     targets, images = [], []
+                if not fine[i]:  # after the volumes before it are safe
+                    raise DataError(fault_of_image(rows[number], int(y.slice_num[i]), name))
                 volume = number
                 targets.append(target)
                 images.append(image)
@@ -67,23 +73,37 @@ def reconstruct_volumes(
 ABOUT = ['organ', 'acquisition', 'patient_id', 'site', 'split', 'source']
 
 
+def _scores(recon, name):
+    "The three scores of a volume; `DataError` names file, slice and network where there are none"
+    path = recon.row['path']
+    if not recon.row['has_target']:
+        raise DataError(f'{path}: has no target (reconstruction_rss), so it cannot be scored')
+    holes = ~torch.isfinite(recon.target).flatten(1).all(1)
+    if holes.any():
+        raise DataError(
+            f'{path}: slice {int(holes.nonzero()[0])}: its target is not finite; mend or leave out this file'
+        )
+    try:
+        return volume_scores(square_crop(recon.target), square_crop(recon.image))
+    except ValueError as e:
+        raise DataError(f'{path}: the images of {name} have no score: {e}; leave out this file') from e
+
+
 def evaluate(
     model,  # network, Learner, or None for the zero-filled image
     dl,  # ReconDL in file order
     images: dict = None,  # if given, receives fname -> reconstructed volume, float [slices, h, w]
     each=None,  # if given, is called with every `VolumeRecon`
+    name: str = 'the network',  # for messages
 ) -> pd.DataFrame:  # volume, `ABOUT` (source is that of the k-space), slices, nmse, psnr, ssim; one row a volume
-    "Score every volume as fastMRI's evaluate.py does; raises `DataError` for a volume without a target"
+    "Score every volume as fastMRI's evaluate.py does; raises `DataError` for a volume or an image that has no score"
     rows = []
-    for recon in reconstruct_volumes(model, dl):
-        about = recon.row
-        if not about['has_target']:
-            raise DataError(f'{about["path"]}: has no target (reconstruction_rss), so it cannot be scored')
+    for recon in reconstruct_volumes(model, dl, name):
+        about, scores = recon.row, _scores(recon, name)
         if images is not None:
             images[about['fname']] = recon.image.cpu()
         if each is not None:
             each(recon)
-        scores = volume_scores(square_crop(recon.target), square_crop(recon.image))
         known = {column: about.get(column, '') for column in ABOUT}
         rows.append(dict(volume=about['fname'], **known, slices=len(recon.image), **scores))
     return pd.DataFrame(rows)
@@ -132,10 +152,16 @@ def agreement(
     others: dict,  # the same of another
     maxima: dict,  # fname -> largest value of the target volume
 ) -> pd.Series:  # fname -> dB, infinite where both are identical
-    "PSNR between the images of two networks, volume by volume; raises `DataError` where the other lacks volumes"
+    """PSNR between the images of two networks, volume by volume.
+    Raises `DataError` where the other lacks volumes, and for a largest value that is no range."""
     missing = set(images) - set(others)
     if missing:
         raise DataError(f'agreement needs the same volumes of both networks; missing: {", ".join(sorted(missing)[:3])}')
+    for fname in images:
+        if not 0 < maxima[fname] < np.inf:
+            raise DataError(
+                f'{fname}: the largest value of the target (max) is {maxima[fname]:g}, expected a positive one'
+            )
     db = {fname: _psnr(image, others[fname], maxima[fname]) for fname, image in images.items()}
     return pd.Series(db, name='agree_db', dtype=float)
 
