@@ -151,7 +151,7 @@ class _Reader:
             if name not in self.table.columns:
                 names, shown = [str(c) for c in self.table.columns], repr(name[:80])
                 there = f'The columns are {printable(", ".join(names), 1000)}; text needs quotes, such as {shown}'
-                raise self.refuse(f'{shown} is no column{did_you_mean(name, names)}. {there}')
+                raise self.refuse(f'the column {shown} is not defined{did_you_mean(name, names)}. {there}')
             self.known[name] = _column(self.table, name)
         return name, *self.known[name]
 
