@@ -14,6 +14,7 @@ from .machinery.disk import *
 from .machinery.workers import *
 
 # %% ../nbs/99_all.ipynb #996a711e
+from .data.stamps import *
 from .data.header import *
 from .data.writing import *
 from .data.files import *
