@@ -240,7 +240,8 @@ def data_digest(
     data,  # whatever `json.dumps` takes
 ) -> str:  # 64 letters
     "SHA-256 of data as JSON, whatever the order of their keys"
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    as_read = json.loads(json.dumps(data))  # keys that are numbers become text
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/06_machinery.disk.ipynb #423a6696
 def _differences(found, wanted, ignore):
