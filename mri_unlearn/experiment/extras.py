@@ -94,16 +94,15 @@ class _PlantedData(Arm):
             for file, table in zip(files, (found.volumes, found.probes, found.places)):
                 write_csv(file, table)
             self.run.finish('data', files, content=self.content())
-        self.splits = _moved(read_csv(files[0]), self.out / 'data')
-        if not older:
+        if self.run.done('data'):
             self.run.check('data')
             _check_content(self.run, 'data', self.content())
+        self.splits = _moved(read_csv(files[0]), self.out / 'data')
 
     def content(self):
         "Stamps of all files: path below the folder -> stamp"
-        parts = [
-            _moved(read_csv(self.out / f'{t}.csv'), self.out / f) for t, f in (('volumes', 'data'), ('probes', 'probe'))
-        ]
+        places = dict(volumes='data', probes='probe')
+        parts = [_moved(read_csv(self.out / f'{name}.csv'), self.out / place) for name, place in places.items()]
         return {str(Path(path).relative_to(self.out)): content_stamp(path) for part in parts for path in part.path}
 
     def planted(self) -> Planted:  # as `planted_dataset` returned it

@@ -72,7 +72,7 @@ def check_sealed(
     "Raise `DataError` for a sealed file that is not as it was written; warn where an older version sealed nothing"
     folder = Path(folder)
     if 'digest' not in config:
-        if 'preset' in config:  # else not even a run
+        if isinstance(config.get('data'), dict):  # as every run of this program writes it
             _warn_of_older(folder)
         return
     if not (folder / 'sealed.json').is_file():
