@@ -1,4 +1,4 @@
-"""A run folder is believed only as far as its files are its own: what is gone is made again, what is foreign is refused."""
+"""A run folder is believed as far as its files are its own: what is gone is made again, what is foreign is refused."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def start(run, whole):
 
 
 def refused(run, whole, *words):
-    "Starting again and, unless it is about data or stages, the report are refused with these words; nothing is lost"
+    "Starting again is refused with these words, in one line, and nothing is changed"
     before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
     with pytest.raises(DataError) as e:
         start(run, whole)

@@ -14,7 +14,15 @@ import pandas as pd
 from .arms import run_stages
 from .extras import PlantedArm, all_arms
 from .networks import run_network, scoring_loader, unlearning_plan
-from .runs import Run, load_splits, record_volumes, with_content, write_config, write_timing
+from mri_unlearn.experiment.runs import (
+    Run,
+    check_volumes,
+    load_splits,
+    record_volumes,
+    with_content,
+    write_config,
+    write_timing,
+)
 from .settings import Settings, prepare
 from .tables import collect
 from ..machinery.disk import read_csv, visible
@@ -102,8 +110,9 @@ def start_run(
     if splits is None:
         splits = load_splits(Path(out), settings, data, show, **(index if data else {}))
     run, stamped = Run(out), with_content(splits)
-    record_volumes(run, stamped)
+    check_volumes(run, stamped)  # it knows which file has changed, config.json knows that one has
     write_config(out, preset, settings, data, stamped)
+    record_volumes(run, stamped)
     return run, splits
 
 # %% ../../nbs/81_experiment.protocol.ipynb #7af15a0c
@@ -126,7 +135,7 @@ def write_results(
     arms: list,  # of `all_arms`
 ) -> dict:  # name -> table, as `collect` returns them
     "Tables, figures and the report from what the stages have left"
-    record_volumes(run, with_content(splits))  # while the networks were trained nobody touched the data
+    check_volumes(run, with_content(splits))  # while the networks were trained nobody touched the data
     planted = next((arm for arm in arms if isinstance(arm, PlantedArm)), None)
     tables = collect(arms[0], planted)
     example_images(run, settings, splits)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRACE', 'revision', 'versions', 'request_of', 'write_config', 'in_turn', 'limited', 'load_volumes',
-           'split_by_request', 'load_splits', 'with_content', 'record_volumes', 'scored_volumes', 'write_timing']
+           'split_by_request', 'load_splits', 'with_content', 'check_volumes', 'record_volumes', 'scored_volumes',
+           'write_timing']
 
 # %% ../../nbs/76_experiment.runs.ipynb #f14e00a4
 import os
@@ -256,16 +257,14 @@ def _changes(old, new):
                 said[name] = words[column].format(after, before)
     return dict(sorted(said.items()))
 
-
-def record_volumes(
+# %% ../../nbs/76_experiment.runs.ipynb #0392a7a3
+def check_volumes(
     run: Run,  # the run
     splits: pd.DataFrame,  # from `with_content`
 ):
-    "Write volumes.csv, or find the same volumes with the same split and content there; else raise `DataError`"
+    "Raise `DataError` if volumes.csv is there and names other volumes, another split or other content"
     path = run.out / 'volumes.csv'
-    if not os.path.lexists(path):
-        return write_csv(path, splits)
-    differ = _changes(read_csv(path), splits)
+    differ = _changes(read_csv(path), splits) if os.path.lexists(path) else {}
     if differ:
         name, what = next(iter(differ.items()))
         more = f'; and {len(differ) - 1} more' if len(differ) > 1 else ''
@@ -273,6 +272,16 @@ def record_volumes(
             f'{path}: the data have changed since this run began ({name} {what}{more}); put the files back as they '
             'were, or choose another folder with --out'
         )
+
+
+def record_volumes(
+    run: Run,  # the run
+    splits: pd.DataFrame,  # from `with_content`
+):
+    "Write volumes.csv, or find the same volumes with the same split and content there; else raise `DataError`"
+    check_volumes(run, splits)
+    if not os.path.lexists(run.out / 'volumes.csv'):
+        write_csv(run.out / 'volumes.csv', splits)
 
 # %% ../../nbs/76_experiment.runs.ipynb #baf4691e
 def scored_volumes(
