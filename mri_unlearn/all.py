@@ -17,6 +17,7 @@ from .machinery.workers import *
 from .machinery.query import *
 
 # %% ../nbs/99_all.ipynb #996a711e
+from .data.stamps import *
 from .data.header import *
 from .data.writing import *
 from .data.files import *
@@ -78,6 +79,7 @@ from .verdict.hallucination import *
 from .verdict.planted import *
 
 # %% ../nbs/99_all.ipynb #b0654e6d
+from .show.sealed import *
 from .show.reading import *
 from .show.figures import *
 from .show.plots import *
@@ -88,6 +90,7 @@ from .show.page import *
 
 # %% ../nbs/99_all.ipynb #4be3b199
 from .experiment.settings import *
+from .experiment.records import *
 from .experiment.runs import *
 from .experiment.networks import *
 from .experiment.arms import *

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mri_unlearn.experiment.protocol import run_protocol
+from mri_unlearn.machinery.workers import processes
 
 FEW = dict(
     epochs=1,
@@ -28,7 +29,7 @@ FEW = dict(
 def runs(tmp_path_factory):
     "Folder of a run by number of processes"
     folder, threads = tmp_path_factory.mktemp('jobs'), torch.get_num_threads()
-    torch.set_num_threads(1)  # sums depend on the number of threads in their last bits
+    torch.set_num_threads(processes())  # one a network, as is usual: sums depend on it in their last bits
     try:
         for n in (1, 2):
             run_protocol('tiny', folder / str(n), show=False, jobs=n, **FEW)
@@ -53,9 +54,8 @@ def runs(tmp_path_factory):
     ],
 )
 def test_same_tables(runs, name):
-    one, two = (pd.read_csv(r / f'{name}.csv') for r in runs.values())
-    assert len(one)
-    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    one, two = ((r / f'{name}.csv').read_bytes() for r in runs.values())
+    assert one.count(b'\n') > 1 and one == two
 
 
 def test_what_the_planted_arm_found_is_in_the_tables(runs):

@@ -71,8 +71,16 @@ class Stage:
 
     @property
     def done(self):
-        "Whether its record is there"
+        "Whether its record and its files are there"
         return self.home.done(self.name)
+
+    def do(self, progress):
+        "Run it; its record will say on what it rests"
+        self.home.needs = {name: self.home.left(name) for name in self.needs}
+        try:
+            self.run(progress=progress)
+        finally:
+            self.home.needs = {}
 
     @property
     def record(self):
@@ -118,23 +126,39 @@ def waves(
     return found
 
 # %% ../../nbs/78_experiment.arms.ipynb #f43ff0ee
+def _check_records(stages):
+    "Complain of stages that have left no record"
+    for stage in stages:
+        if not stage.record.is_file():
+            raise ValueError(f'stage {stage.name} has left no record')
+
+
 def run_stages(
     stages: list,  # of `Stage`
     n: int = None,  # processes; None: one a core (at most eight), or a device, or one where there is a GPU
     show: bool = True,  # a progress bar
     devices=None,  # names such as ['cuda:0', 'cuda:1'], one process after the other; None: what torch finds
     progress=None,  # a bar that runs on over more than these stages, with say(text) and step(slices); None: an own one
+    threads: int = None,  # that compute a network; None: `network_threads`
 ) -> float:  # work that was done, in slices
-    "Do what is still to be done, wave by wave; raises what a stage raises"
+    """Do what is still to be done, wave by wave; raises what a stage raises.
+
+    Before that, what is done already is checked: `DataError` for files that were edited or belong to another run."""
+    for stage in stages:
+        if stage.done:
+            stage.home.check(stage.name)
     todo = waves(stages)
     ahead = sum(stage.work.total for wave in todo for stage in wave)
     if not todo:
         return 0
     try:
         with nullcontext(progress) if progress else Progress(ahead, show) as bar:
-            with Workers(processes(n, devices), bar, devices) as workers:
-                for wave in todo:
-                    workers.run([(stage.run,) for stage in wave])
+            with Workers(processes(n, devices), bar, devices, threads=threads) as workers:
+                while todo:
+                    for wave in todo:
+                        workers.run([(stage.do,) for stage in wave])
+                        _check_records(wave)
+                    todo = waves(stages)  # what rests on a stage that was done again and came out otherwise
             bar.say('done')
     finally:
         forget_loaders()

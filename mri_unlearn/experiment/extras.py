@@ -11,11 +11,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.files import read_extras
+from ..data.stamps import content_stamp
 from ..data.volumes import index_volumes
 from .arms import Arm, Work, scoring_work
 from .networks import SCORED, mask_of, scoring_loader, trained_networks, unlearning_plan
 from .settings import Settings
-from ..machinery.disk import DataError, write_csv
+from .records import Run
+from ..machinery.disk import DataError, read_csv, write_csv
 from ..machinery.workers import SCORE_COST
 from ..phantom.untrained import simulate_thighs
 from ..verdict.evaluate import evaluate, reconstruct_volumes
@@ -44,6 +46,24 @@ def planted_settings(
     return settings.replace(fixed_mask=True, methods=methods, study=(), unlearn_seeds=1, oracle_seeds=oracles)
 
 
+def _check_content(run, stage, content):
+    "Complain if files that a stage has made no longer hold what they held; `content`: path below the folder -> stamp"
+    for path, was in run.read(stage)['content'].items():
+        if content.get(path) != was:
+            raise DataError(
+                f'{run.out / path}: is not the file that this run has made there; delete it and '
+                f'{run.record(stage)}: then the run makes it again'
+            )
+
+
+def _keep_content(run, content):
+    "Record what the scans of the third organ hold, or find the same; `content`: name -> stamp"
+    if not run.done('third_data'):
+        run.finish('third_data', content=content)
+    run.check('third_data')
+    _check_content(run, 'third_data', content)
+
+
 def _moved(table, folder):
     "A table of volumes with paths that hold wherever the run is now"
     return table.assign(path=[str(folder / row.folder / row.fname) for row in table.itertuples()])
@@ -58,7 +78,9 @@ class _PlantedData(Arm):
         arm: Arm,  # the main one
     ):  # PlantedArm
         "The planted arm of a run, in a folder of its own"
-        return cls(arm.out / 'planted', planted_settings(arm.settings), arm.splits)
+        planted = cls(arm.out / 'planted', planted_settings(arm.settings), arm.splits)
+        planted.run = Run(planted.out, arm.run.home)
+        return planted
 
     def write_data(
         self,
@@ -66,16 +88,27 @@ class _PlantedData(Arm):
     ):
         "Write the data set with the structure, unless it is there"
         files = [self.out / f'{name}.csv' for name in ('volumes', 'probes', 'places')]
-        if not all(f.exists() for f in files):
+        older = not self.run.identity and all(f.exists() for f in files)
+        if not (self.run.done('data') or older):
             found = planted_dataset(self.splits, self.out, mask=mask_of(self.settings), progress=show)
             for file, table in zip(files, (found.volumes, found.probes, found.places)):
                 write_csv(file, table)
-        self.splits = _moved(pd.read_csv(files[0]), self.out / 'data')
+            self.run.finish('data', files, content=self.content())
+        if self.run.done('data'):
+            self.run.check('data')
+            _check_content(self.run, 'data', self.content())
+        self.splits = _moved(read_csv(files[0]), self.out / 'data')
+
+    def content(self):
+        "Stamps of all files: path below the folder -> stamp"
+        places = dict(volumes='data', probes='probe')
+        parts = [_moved(read_csv(self.out / f'{name}.csv'), self.out / place) for name, place in places.items()]
+        return {str(Path(path).relative_to(self.out)): content_stamp(path) for part in parts for path in part.path}
 
     def planted(self) -> Planted:  # as `planted_dataset` returned it
         "The data set with the structure"
-        probes = _moved(pd.read_csv(self.out / 'probes.csv'), self.out / 'probe')
-        places = pd.read_csv(self.out / 'places.csv')
+        probes = _moved(read_csv(self.out / 'probes.csv'), self.out / 'probe')
+        places = read_csv(self.out / 'places.csv')
         return Planted(self.splits, probes, places, Structure(), mask_of(self.settings))
 
 # %% ../../nbs/79_experiment.extras.ipynb #f8cf9e9d
@@ -97,9 +130,10 @@ class PlantedArm(_PlantedData):
         loader = scoring_loader(self.settings, planted.probes)
         scores = planted_scores(self.network(network), planted, loader).assign(**network.columns)
         columns = [*KEYS, 'volume', 'split', 'slices', 'score', 'at_marks', 'strength']
-        write_csv(self.run.out / 'stages' / f'{network.stage}.planted.csv', scores[columns])
+        file = self.run.out / 'stages' / f'{network.stage}.planted.csv'
+        write_csv(file, scores[columns])
         progress.step(SCORE_COST * int(scores.slices.sum()))
-        self.run.finish(f'score_{network.stage}')
+        self.run.finish(f'score_{network.stage}', [file])
 
     def stages(self) -> list:  # of `Stage`
         "Train and unlearn as in the main arm, and look for the structure in the probes: all retain test volumes"
@@ -145,9 +179,10 @@ class NullSpace:
         keys = pd.DataFrame([names[m].columns for m in energies.model], index=energies.index)
         table = pd.concat([keys, energies.drop(columns='model')], axis=1)
         columns = [*KEYS, 'volume', 'organ', 'split', 'null_energy', 'measurement_energy']
-        write_csv(arm.run.out / 'stages' / f'{fname}.null.csv', table[columns])
+        file = arm.run.out / 'stages' / f'{fname}.null.csv'
+        write_csv(file, table[columns])
         progress.step(SCORE_COST * (len(names) - 1) * int(row.slices.iloc[0]))
-        arm.run.finish(f'null_{fname}')
+        arm.run.finish(f'null_{fname}', [file])
 
     def stages(self) -> list:  # of `Stage`
         "One for each test volume, for all networks"
@@ -180,7 +215,8 @@ class ThirdOrgan:
         settings, size = self.arm.settings, self.arm.splits.iloc[0]
         recon, slices = (int(size.recon_rows), int(size.recon_cols)), int(size.slices)
         thighs = settings.extras.third
-        simulate_thighs(self.folder, thighs, settings.seed, recon=recon, slices=slices, progress=show)
+        scans = simulate_thighs(self.folder, thighs, settings.seed, recon=recon, slices=slices, progress=show)
+        _keep_content(self.arm.run, {name: content_stamp(path) for name, path in zip(scans.fname, scans.path)})
 
     def score(self, network, progress):
         "Score one network"
@@ -188,9 +224,10 @@ class ThirdOrgan:
         progress.say(f'third organ: {network.label}')
         rows = index_volumes(self.folder, cache=False).assign(split='other_test')
         scores = evaluate(arm.network(network), scoring_loader(arm.settings, rows)).assign(**network.columns)
-        write_csv(arm.run.out / 'stages' / f'{name}.third.csv', scores[SCORED])
+        file = arm.run.out / 'stages' / f'{name}.third.csv'
+        write_csv(file, scores[SCORED])
         progress.step(SCORE_COST * int(scores.slices.sum()))
-        arm.run.finish(f'third_{name}')
+        arm.run.finish(f'third_{name}', [file])
 
     def stages(self) -> list:  # of `Stage`
         "One for each network but the control"

@@ -18,7 +18,7 @@ from ..data.loaders import ReconDL, recon_dls
 from ..data.slices import SliceDataset
 from .runs import TRACE, Run
 from .settings import Settings
-from ..machinery.disk import write_csv
+from ..machinery.disk import visible, write_csv
 from ..machinery.workers import SCORE_COST
 from ..network.learner import Resume, SkipValidation, Tick, WorkMeter, recon_learner
 from ..network.unet import set_precision
@@ -157,7 +157,7 @@ def train_network(
 ):
     "Train a network from scratch, unless that was done already"
     name, t = network.stage, settings.training
-    meter, resume = WorkMeter(), Resume(run.out / 'stages' / f'{name}.state.pt')
+    meter, resume = WorkMeter(), Resume(run.state(name))
     if run.done(name):
         return resume.finish()
     rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], training_seed(settings, network)
@@ -170,7 +170,8 @@ def train_network(
     with learn.no_bar(), learn.no_logging():
         {'one_cycle': learn.fit_one_cycle, 'constant': learn.fit}[t.schedule](t.epochs, t.lr)
     save_weights(learn.model, run.model(name))
-    run.finish(name, slices=meter.slices, seconds=meter.seconds, volumes=len(rows), train_loss=resume.losses)
+    work = dict(slices=meter.slices, seconds=meter.seconds, volumes=len(rows), train_loss=resume.losses)
+    run.finish(name, [run.model(name)], **work)
     resume.finish()
 
 # %% ../../nbs/77_experiment.networks.ipynb #e523d3d1
@@ -195,7 +196,7 @@ def write_images(
     for volume in reconstruct_volumes(model, test_dl, oracle.label):
         write_prediction(run.out / 'stages' / oracle.stage, volume)
         progress.step(SCORE_COST * len(volume.image))
-    run.finish(f'images_{oracle.stage}')
+    run.finish(f'images_{oracle.stage}', visible(run.out / 'stages' / oracle.stage, '*.h5'))
 
 
 def agree_with_oracles(
@@ -239,9 +240,10 @@ def score_network(
 
     scores = evaluate(model, dl, each=compare, name=network.label).assign(**network.columns)
     agree = pd.DataFrame(found, columns=[*KEYS, 'oracle_seed', 'split', 'volume', 'agree_db'])
-    write_csv(run.out / 'stages' / f'{name}.agree.csv', agree.sort_values('oracle_seed', kind='stable'))
-    write_csv(run.out / 'stages' / f'{name}.scores.csv', scores[SCORED])
-    run.finish(f'score_{name}')
+    files = [run.out / 'stages' / f'{name}.{kind}.csv' for kind in ('agree', 'scores')]
+    for file, table in zip(files, (agree.sort_values('oracle_seed', kind='stable'), scores[SCORED])):
+        write_csv(file, table)
+    run.finish(f'score_{name}', files)
 
 # %% ../../nbs/77_experiment.networks.ipynb #13649f19
 def used_fraction(
@@ -331,10 +333,12 @@ def run_method(
     save_weights(learn.model, run.model(name))
     keys = {k: v for k, v in network.columns.items() if k in TRACE}
     table = pd.DataFrame(trace.trace, columns=TRACE[3:]).assign(**keys)
-    write_csv(run.out / 'stages' / f'{name}.trace.csv', table[TRACE])
+    file = run.out / 'stages' / f'{name}.trace.csv'
+    write_csv(file, table[TRACE])
     level = getattr(learn, 'level_record', None)  # of methods that estimate what an Oracle would reach
     run.finish(
         name,
+        [run.model(name), file],
         slices=meter.slices,
         seconds=meter.seconds,
         terms=learn.loss_terms.history,

@@ -14,13 +14,23 @@ import pandas as pd
 from .arms import run_stages
 from .extras import PlantedArm, all_arms
 from .networks import run_network, scoring_loader, unlearning_plan
-from .runs import Run, load_splits, record_volumes, write_config, write_timing
+from mri_unlearn.experiment.runs import (
+    Run,
+    check_volumes,
+    load_splits,
+    record_volumes,
+    with_content,
+    write_config,
+    write_timing,
+)
 from .settings import Settings, prepare
 from .tables import collect
+from ..machinery.disk import read_csv, visible
 from ..machinery.workers import processes
 from ..show.figures import save_figure, show_reconstructions
 from ..show.page import write_figures, write_report
 from ..show.plots import plot_verdicts
+from ..show.sealed import seal
 from ..verdict.evaluate import reconstruct_volumes
 from ..verdict.names import NetworkName, forget_side, side_names
 
@@ -82,7 +92,7 @@ def verdict_figure(
         first = unlearning_plan(settings.replace(study=(), unlearn_seeds=1))
         rows = [r['model'] != 'unlearned' or NetworkName.of(r) in first for r in verdicts.to_dict('records')]
         shown = verdicts[rows].reset_index(drop=True)
-    names = side_names(pd.read_csv(run.out / 'volumes.csv'), settings.request.query)
+    names = side_names(read_csv(run.out / 'volumes.csv'), settings.request.query)
     save_figure(plot_verdicts(shown, names=names), run.out / 'figures' / 'verdicts.png')
 
 # %% ../../nbs/81_experiment.protocol.ipynb #d3daa3ba
@@ -99,10 +109,23 @@ def start_run(
     write_config(out, preset, settings, data)  # complain before anything is written
     if splits is None:
         splits = load_splits(Path(out), settings, data, show, **(index if data else {}))
-    run = Run(out)
-    record_volumes(run, splits)
-    write_config(out, preset, settings, data, splits)
+    run, stamped = Run(out), with_content(splits)
+    check_volumes(run, stamped)  # it knows which file has changed, config.json knows that one has
+    write_config(out, preset, settings, data, stamped)
+    record_volumes(run, stamped)
     return run, splits
+
+# %% ../../nbs/81_experiment.protocol.ipynb #7af15a0c
+def _seal(run, tables):
+    "Seal the tables of a run, and the figures that need its networks; `tables`: name -> table, or None"
+    if not run.identity:
+        return  # of an older version
+    there = [run.out / f'{name}.csv' for name, table in tables.items() if table is not None]
+    drawn = [
+        path for kind in ('reconstructions', 'differences') for path in visible(run.out / 'figures', f'{kind}_*.png')
+    ]
+    absent = [f'{name}.csv' for name, table in tables.items() if table is None]
+    seal(run.out, run.identity, [*there, run.out / 'volumes.csv', *drawn, run.out / 'figures' / 'verdicts.png'], absent)
 
 
 def write_results(
@@ -112,11 +135,13 @@ def write_results(
     arms: list,  # of `all_arms`
 ) -> dict:  # name -> table, as `collect` returns them
     "Tables, figures and the report from what the stages have left"
+    check_volumes(run, with_content(splits))  # while the networks were trained nobody touched the data
     planted = next((arm for arm in arms if isinstance(arm, PlantedArm)), None)
     tables = collect(arms[0], planted)
     example_images(run, settings, splits)
-    write_figures(run.out, settings.unlearning.fraction)
     verdict_figure(run, settings, tables['verdicts'])
+    _seal(run, tables)
+    write_figures(run.out, settings.unlearning.fraction)
     write_report(run.out)
     return tables
 
@@ -139,7 +164,8 @@ def run_protocol(
     arms = all_arms(run.out, chosen, splits)
     for arm in arms:
         arm.write_data(show)
-    ahead = run_stages([stage for arm in arms for stage in arm.stages()], at_once, show, devices)
+    stages = [stage for arm in arms for stage in arm.stages()]
+    ahead = run_stages(stages, at_once, show, devices, threads=run.threads)
     tables = write_results(run, chosen, splits, arms)
     if ahead or not (run.out / 'timing.json').exists():
         write_timing(run, time.perf_counter() - start)

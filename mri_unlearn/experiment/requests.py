@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import shutil
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -20,7 +19,7 @@ from ..data.request import ForgetRequest
 from .networks import TRAINED_ON, trained_networks, training_seed
 from .runs import Run
 from .settings import PLACES, Settings
-from ..machinery.disk import DataError, atomic_path
+from ..machinery.disk import DataError, atomic_path, read_text
 from ..verdict.names import NetworkName
 
 # %% ../../nbs/84_experiment.requests.ipynb #f1d467f4
@@ -65,9 +64,9 @@ def read_requests(
 ) -> list:  # of `Line`
     "The requests of a file; raises `DataError` naming file and line for what is none, and for a file without any"
     try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except (OSError, ValueError) as e:
-        raise DataError(f'{path}: expected a text file with one request a line ({e})') from e
+        lines = read_text(path).splitlines()
+    except DataError as e:
+        raise DataError(f'{e}; expected a text file with one request a line') from e
     found = {}
     for number, text in enumerate(map(str.strip, lines), 1):
         if not text or text.startswith('#'):
@@ -138,7 +137,8 @@ def take_over(
     "Copy networks that another run has trained, weights first, and the record last: from then on they are done"
     for stage, key in stages.items():
         other, theirs = known[key]
+        other.check(theirs)
         with atomic_path(run.model(stage)) as path:
             shutil.copyfile(other.model(theirs), path)
-        run.finish(stage, **other.read(theirs) | dict(taken_from=other.out.name))
-        (run.out / 'stages' / f'{stage}.state.pt').unlink(missing_ok=True)  # of a training that was begun here
+        run.finish(stage, [run.model(stage)], **other.read(theirs) | dict(taken_from=other.out.name))
+        run.state(stage).unlink(missing_ok=True)  # of a training that was begun here

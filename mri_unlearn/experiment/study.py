@@ -6,6 +6,7 @@
 __all__ = ['run_requests', 'dry_run_requests', 'describe_requests']
 
 # %% ../../nbs/86_experiment.study.ipynb #39039663
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ from .runs import Run, load_volumes, write_timing
 from .settings import prepare
 from ..machinery.disk import DataError, claim
 from ..machinery.workers import Progress, processes
+from ..show.sealed import check_sealed
 from ..verdict.names import NetworkName
 
 # %% ../../nbs/86_experiment.study.ipynb #77538341
@@ -49,7 +51,7 @@ class _Begun(NamedTuple):
 
 def _claim(out, settings, data, write=True):
     "Make the folder that of this study, or find that it is; raises `DataError` if it is somebody else's"
-    if (Path(out) / 'config.json').exists():
+    if os.path.lexists(Path(out) / 'config.json'):
         raise DataError(f'{out}: holds a single run; choose another folder with --out')
     source = [str(d) for d in ([data] if isinstance(data, (str, Path)) else data)] if data else 'simulated'
     shared = {name: value for name, value in settings.flat().items() if name not in ('query', 'reason')}
@@ -95,13 +97,23 @@ class _Named:
         self.progress.say(f'{self.name}: {text}')
 
 
+def _has_report(run):
+    "Whether the report of a run is there, and the tables are those that it was written from"
+    try:
+        check_sealed(run.out, run.config)
+    except DataError:
+        return False
+    return (run.out / 'report.html').is_file()
+
+
 def _finish(begun, known, at_once, devices, progress):
     "Do what is left of one run, and write its tables and its report, unless they are there"
     run, settings, splits = begun.run, begun.plan.settings, begun.plan.splits
     start = time.perf_counter()
     take_over(run, to_take_over(run, settings, splits, known), known)
-    ahead = run_stages(begun.stages, at_once, False, devices, _Named(progress, begun.plan.name))
-    if ahead or not (run.out / 'report.html').exists():
+    bar = _Named(progress, begun.plan.name)
+    ahead = run_stages(begun.stages, at_once, False, devices, bar, run.threads)
+    if ahead or not _has_report(run):
         (run.out / 'report.html').unlink(missing_ok=True)  # of an earlier state
         progress.say(f'{begun.plan.name}: tables and figures')
         write_results(run, settings, splits, begun.arms)

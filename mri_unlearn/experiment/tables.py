@@ -296,8 +296,7 @@ def collect(
         matrix=knowledge_matrix(results, arm.settings.request.query),
         levels=level_table(records, results),
     )
-    if arm.settings.unlearning.seeds > 1:
-        tables['over_seeds'] = over_seeds(verdict, summary)
+    tables['over_seeds'] = over_seeds(verdict, summary) if arm.settings.unlearning.seeds > 1 else None
     for name, table in tables.items():
         if table is not None:
             write_csv(run.out / f'{name}.csv', table)

@@ -19,7 +19,7 @@ from .networks import agree_with_oracles, trained_networks, unlearned_learner, u
 from .protocol import start_run
 from .runs import write_timing
 from .settings import Settings, prepare
-from ..machinery.disk import DataError, write_csv, write_json
+from ..machinery.disk import DataError, read_json, visible, write_csv, write_json
 from ..machinery.workers import SCORE_COST, processes
 from ..network.learner import Tick, WorkMeter
 from ..unlearn.catalog import METHODS, find_method
@@ -233,8 +233,8 @@ def _rehearsal_settings(preset, trials, seed, settings):
 
 def _check_scores(out):
     "Complain if the folder has scores of an older version"
-    for path in (out / 'stages').glob('score_*.json'):
-        if 'forget_agreement' not in json.loads(path.read_text()):
+    for path in visible(out / 'stages', 'score_*.json'):
+        if 'forget_agreement' not in read_json(path, '; delete it: then the network is scored again'):
             raise DataError(
                 f'{path}: expected the agreement of images, found the scores of an older version; choose another '
                 'folder, or remove the files score_* and trial_* beside it: the networks are kept'
@@ -258,7 +258,7 @@ def tune(
     _check_scores(out)
     run, splits = start_run(out, preset, chosen, show=show)
     arm = Rehearsal(out, chosen, splits, trials)
-    ahead = run_stages(arm.stages(), at_once, show, devices)
+    ahead = run_stages(arm.stages(), at_once, show, devices, threads=run.threads)
     if ahead or not (out / 'timing.json').exists():
         write_timing(run, time.perf_counter() - start)
     table = trial_table(arm)

@@ -8,14 +8,15 @@ __all__ = ['SUMMARY_SCORES', 'SUMMARY', 'RESULTS', 'RUN_TABLES', 'read_table', '
            'oracle_band', 'sides_of', 'judged_scans']
 
 # %% ../../nbs/68_show.reading.ipynb #8f39f6d8
-import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
-from ..machinery.disk import DataError
+from ..machinery.disk import TEXT_COLUMNS, DataError, read_bytes, read_csv, read_json, visible
+from .sealed import check_config, check_sealed
 from ..verdict.names import KEYS, side_names
 
 # %% ../../nbs/68_show.reading.ipynb #085488c1
@@ -30,10 +31,6 @@ RUN_TABLES = {
     'matrix': 'trained_on tested_on psnr ssim psnr_sd'.split(),
     'volumes': 'fname organ patient_id split slices'.split(),
 }
-_WORDS = set(  # the other columns are numbers
-    'model method organ split volume trained_on tested_on fname patient_id side by group reference alarm flagged '
-    'passes flag verdict kind source mechanism'.split()
-)
 
 # %% ../../nbs/68_show.reading.ipynb #4ec5c83b
 _AGAIN = 'Start the run again: it will write what is missing and keep what is there.'
@@ -55,34 +52,31 @@ def read_table(
     least: int = 1,  # rows that it must have
 ) -> pd.DataFrame:  # words as strings, '' where there is none; numbers as numbers, NaN where there is none
     "A run's CSV, checked: DataError names the file and what is wrong with it"
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise DataError(f'{path} is missing. {_AGAIN}')
     try:
-        table = pd.read_csv(path, dtype={column: str for column in _WORDS}, keep_default_na=True)
-    except (ValueError, OSError) as error:
-        raise DataError(f'{path} cannot be read as a CSV table ({error}). {_AGAIN}') from error
+        table = read_csv(path)
+    except DataError as error:
+        raise DataError(f'{error}. {_AGAIN}') from error
     lost = [column for column in columns if column not in table]
     if lost or len(table) < least:
         raise DataError(f'{path} has {f"no column {lost[0]!r}" if lost else "no rows"}. {_AGAIN}')
-    table = _as_numbers(table, [column for column in columns if column not in _WORDS], path)
-    return table.fillna({column: '' for column in _WORDS & set(table.columns)})
+    return _as_numbers(table, [column for column in columns if column not in TEXT_COLUMNS], path)
 
 # %% ../../nbs/68_show.reading.ipynb #16c979e6
 def read_config(
     path,  # config.json of a run
 ) -> dict:
     "A run's settings as a dict with a request in it; DataError where the file is missing, torn or has no request"
-    try:
-        config = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError as error:
-        raise DataError(f'{path} is missing: is this the folder of a run?') from error
-    except (ValueError, OSError) as error:
-        raise DataError(f'{path} is not readable JSON ({error}). Start the run again.') from error
-    request = config.get('request') if isinstance(config, dict) else None
+    if not os.path.lexists(path):
+        raise DataError(f'{path} is missing: is this the folder of a run?')
+    config = read_json(path, '. Put back the file that the run has written.')
+    request = config.get('request')
     if isinstance(request, str):
         config['request'] = request = {'query': request}
     if not isinstance(request, dict) or not request.get('query'):
         raise DataError(f"{path} holds no forget request: expected {{'request': {{'query': ..., 'reason': ...}}}}.")
+    check_config(config, path)
     return config
 
 # %% ../../nbs/68_show.reading.ipynb #19addeb5
@@ -94,9 +88,9 @@ def _read_summary(path):
 
 def _figures(folder):
     "Paths of the PNGs of a run; DataError for one that is no PNG"
-    paths = sorted(folder.glob('*.png'))
+    paths = visible(folder, '*.png')
     for path in paths:
-        if path.read_bytes()[:8] != b'\x89PNG\r\n\x1a\n':
+        if read_bytes(path)[:8] != b'\x89PNG\r\n\x1a\n':
             raise DataError(f'{path} is not a PNG image. Delete it and start the run again.')
     return paths
 
@@ -114,9 +108,11 @@ def read_run(
         paths = {name: folder / f'{name}.csv' for name in tables}
         return {name: read_table(p, tables[name], least) if p.exists() else None for name, p in paths.items()}
 
+    config = read_config(folder / 'config.json')
+    check_sealed(folder, config)
     return SimpleNamespace(
         path=folder,
-        config=read_config(folder / 'config.json'),
+        config=config,
         results=read_table(folder / 'results.csv', RESULTS),
         summary=_read_summary(folder / 'summary.csv'),
         figures=_figures(folder / 'figures'),
