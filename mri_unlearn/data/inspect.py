@@ -42,7 +42,7 @@ def _numbers(item):
         elif array is not None and not array.any():
             yield 'wrong', 'empty', f'its {name} is zero everywhere'
 
-
+# %% ../../nbs/22_data.inspect.ipynb #66c8c2f4
 def _columns(item):
     "Norm of each column of k-space over coils and rows, [W]"
     return torch.linalg.vector_norm(item.kspace, dim=(0, 1))
@@ -152,6 +152,7 @@ def _target(item):
             yield severity, 'units', f'its target is {times:.3g} times the image of its k-space'
 
 
+# %% ../../nbs/22_data.inspect.ipynb #021d92cc
 def _largest(row):
     "Findings about the scale: the largest value of the target counts, whatever the attribute `max` says"
     try:

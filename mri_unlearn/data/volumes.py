@@ -28,7 +28,7 @@ from mri_unlearn.data.meta import (
     organ_words,
     number,
     padding_of,
-    patient_of,
+    whose_scan,
     read_meta,
     sequence_of,
 )
@@ -51,7 +51,7 @@ def _scan(path):
         fname,
         organ_of(fname, acquisition, header.body_part),
         acquisition,
-        patient_of(meta, path),
+        whose_scan(meta, path),
         shape[0],
         shape[1] if len(shape) == 4 else 1,
         *shape[-2:],
@@ -124,7 +124,7 @@ def _walk(root, rel, seen, found, odd):
             path = below if root == '.' else os.path.join(root, below)
             found.setdefault(at, _Found(path, root, below, _stamp(entry)))
 
-
+# %% ../../nbs/21_data.volumes.ipynb #6d25b2e5
 def _volume_files(roots):
     "All HDF5 files under `roots`, each once, in order of their paths, and what was found and cannot be used."
     found, odd = {}, {}
