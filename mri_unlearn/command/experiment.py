@@ -17,6 +17,7 @@ from mri_unlearn.command.options import (
     add_command,
     add_files,
     add_mixed,
+    add_unchecked,
     file_name,
     read_method_settings,
     say,
@@ -84,6 +85,7 @@ def protocol(
     from mri_unlearn.experiment.protocol import run_protocol
 
     settings = protocol_settings(args) | dict(strict=args.strict, organ=args.organ, jobs=args.jobs)
+    settings['unchecked'] = args.unchecked
     if args.requests:
         return study(args, settings)
     out = Path(args.out or Path('runs') / args.preset)
@@ -131,6 +133,7 @@ def add_protocol(
     p.add_argument('--preset', default='small', help='tiny, small, medium or paper')
     p.add_argument('--out', type=file_name, metavar='DIR', help='folder of the run; default: runs/PRESET')
     add_files(p, required=False)
+    add_unchecked(p)
     p.add_argument('--model', choices=['unet', 'varnet'], help='default: that of the preset')
     p.add_argument('--limit-volumes', type=COUNT, metavar='N', help='use at most N volumes of each split')
     held = 'what is held out for testing: by folder names, or patients drawn; default: folders where they tell'

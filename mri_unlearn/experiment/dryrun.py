@@ -264,6 +264,7 @@ def dry_run(
     data=None,  # folder(s) of fastMRI-format files; None: what the preset would simulate
     n: int = 3,  # timed steps
     strict: bool = False,  # as in `run_protocol`
+    unchecked: bool = False,  # as in `run_protocol`
     organ: str = None,  # as in `run_protocol`
     jobs: int = None,  # as in `run_protocol`
     devices=None,  # as in `run_protocol`
@@ -271,7 +272,8 @@ def dry_run(
     **settings,  # as in `run_protocol`
 ) -> tuple:  # (table of jobs, what is known besides: dict)
     "What `run_protocol` would do with the same arguments, and about its cost; raises `DataError` as that would"
-    chosen, at_once, index = prepare(preset, settings), processes(jobs, devices), dict(strict=strict, organ=organ)
+    chosen, at_once = prepare(preset, settings), processes(jobs, devices)
+    index = dict(strict=strict, organ=organ, unchecked=unchecked)
     with tempfile.TemporaryDirectory() as folder:
         splits, extras = _splits_and_extras(chosen, data, folder, index)
         times, relative = slice_costs(chosen, splits, n)

@@ -103,7 +103,7 @@ def start_run(
     data=None,  # folder(s) of fastMRI-format files; None: simulated
     show: bool = True,  # progress bars
     splits: pd.DataFrame = None,  # volumes with their column `split`; None: those of `data`
-    **index,  # of `index_volumes`: strict, organ
+    **index,  # of `load_volumes`: unchecked, strict, organ
 ) -> tuple:  # (Run, splits)
     "The folder of a run and its data, simulated if need be; raises `DataError` before anything is written"
     write_config(out, preset, settings, data)  # complain before anything is written
@@ -152,6 +152,7 @@ def run_protocol(
     data=None,  # folder (or list) of fastMRI-format files; None: simulated data
     show: bool = True,  # progress bars
     strict: bool = False,  # an unreadable file is an error; otherwise it is left out with a warning
+    unchecked: bool = False,  # use files as they are, without the look of `inspect_volumes`
     organ: str = None,  # of volumes that do not tell
     jobs: int = None,  # processes that train and score; None: one a core, or one where there is a GPU
     devices=None,  # names such as ['cuda:0', 'cuda:1'], one process on each; None: what torch finds
@@ -160,7 +161,8 @@ def run_protocol(
     "Run the experiment, or what is left of it: tables, figures and a report in `out`. Raises `DataError` on bad input"
     chosen, start = prepare(preset, settings), time.perf_counter()
     at_once = processes(jobs, devices)
-    run, splits = start_run(out or Path('runs') / preset, preset, chosen, data, show, strict=strict, organ=organ)
+    index = dict(strict=strict, organ=organ, unchecked=unchecked)
+    run, splits = start_run(out or Path('runs') / preset, preset, chosen, data, show, **index)
     arms = all_arms(run.out, chosen, splits)
     for arm in arms:
         arm.write_data(show)

@@ -24,6 +24,7 @@ from fastai.torch_core import default_device
 import mri_unlearn
 from ..data.request import ForgetRequest
 from ..data.stamps import content_stamp
+from ..data.inspect import checked
 from ..data.volumes import index_volumes
 from .records import Run
 from .settings import Settings
@@ -200,14 +201,17 @@ def load_volumes(
     settings: Settings,  # of a run
     data=None,  # folder(s) of fastMRI-format files; None: simulate the data set of the preset
     progress: bool = True,  # show a bar while data are simulated
+    unchecked: bool = False,  # use files as they are, without a look at them
     **index,  # of `index_volumes`: strict, organ
-) -> pd.DataFrame:  # one row a volume; `attrs['skipped']` has what was left out
+) -> pd.DataFrame:  # one row a volume; `attrs`: `skipped`, what was left out, `look`, whether it shall be looked at
     "The index of the volumes; writes nothing but simulated data. Raises `DataError` for bad data"
     wanted = settings.data
     if not (data or wanted.preset):
         raise DataError('this preset needs data: name the folders of fastMRI files with --data (data=)')
     if data:
-        return index_volumes(data, **index)
+        volumes = index_volumes(data, **index)
+        volumes.attrs['look'] = not unchecked
+        return volumes
     extras = bool(settings.extras.hallucination)
     return simulate_dataset(out / 'data', wanted.preset, settings.seed, extras=extras, progress=progress)
 
@@ -220,7 +224,9 @@ def split_by_request(
     request = request_of(settings)
     splits = request.split(_usable(volumes), test=settings.data.test, seed=settings.seed)
     splits = limited(splits, settings.data.limit_volumes)
-    splits.attrs['skipped'] = [list(map(str, f)) for f in volumes.attrs.get('skipped', [])]
+    if volumes.attrs.get('look'):
+        splits = checked(splits)
+    splits.attrs['skipped'] = [list(map(str, f)) for f in splits.attrs.get('skipped', [])]
     for side in ('retain_test', 'forget_train'):
         if not (splits.split == side).any():
             raise DataError(f'request {request.query!r} leaves no volume in {side}: nothing could be compared')
@@ -232,7 +238,7 @@ def load_splits(
     settings: Settings,  # of the run
     data=None,  # folder(s) of fastMRI-format files; None: simulate the data set of the preset
     progress: bool = True,  # show a bar while data are simulated
-    **index,  # of `index_volumes`: strict, organ
+    **index,  # of `load_volumes`: unchecked, strict, organ
 ) -> pd.DataFrame:  # one row a volume, with its column `split`
     "The index of the volumes with their split; writes nothing but simulated data. Raises `DataError` for bad data"
     return split_by_request(load_volumes(out, settings, data, progress, **index), settings)

@@ -127,6 +127,7 @@ def run_requests(
     data=None,  # folder (or list) of fastMRI-format files; None: simulated data, which all runs share
     show: bool = True,  # progress bars
     strict: bool = False,  # as in `run_protocol`
+    unchecked: bool = False,  # as in `run_protocol`
     organ: str = None,  # as in `run_protocol`
     jobs: int = None,  # as in `run_protocol`
     devices=None,  # as in `run_protocol`
@@ -137,7 +138,9 @@ def run_requests(
     lines = read_requests(file, chosen.request.allow_mixed)
     out = Path(out or Path('runs') / f'{preset}_requests')
     _claim(out, chosen, data)
-    volumes = load_volumes(out, chosen, data, show, **(dict(strict=strict, organ=organ) if data else {}))
+    volumes = load_volumes(
+        out, chosen, data, show, **(dict(strict=strict, organ=organ, unchecked=unchecked) if data else {})
+    )
     plans = plan_requests(file, lines, chosen, volumes)
     begun = [_begin(out, preset, plan, data) for plan in plans if plan.splits is not None]
     for arm in (arm for b in begun for arm in b.arms):
@@ -209,6 +212,7 @@ def dry_run_requests(
     data=None,  # as in `run_requests`
     n: int = 3,  # timed steps
     strict: bool = False,  # as in `run_protocol`
+    unchecked: bool = False,  # as in `run_protocol`
     organ: str = None,  # as in `run_protocol`
     jobs: int = None,  # as in `run_protocol`
     devices=None,  # as in `run_protocol`
@@ -222,7 +226,7 @@ def dry_run_requests(
         if simulated:
             volumes = planned_index(chosen.data.preset, folder, chosen.seed)
         else:
-            volumes = load_volumes(None, chosen, data, strict=strict, organ=organ)
+            volumes = load_volumes(None, chosen, data, strict=strict, organ=organ, unchecked=unchecked)
         plans = plan_requests(file, lines, chosen, volumes)
         real = [plan for plan in plans if plan.splits is not None]
         if not real:
@@ -231,7 +235,7 @@ def dry_run_requests(
         extras = True if simulated else None
         arms = {p.name: all_arms(Path(folder) / 'run' / p.name, p.settings, p.splits, extras) for p in real}
         table = _planned_rows(plans, arms, times, relative)
-    table['level'] = _levels(out, file, lines, chosen, data, plans, strict=strict, organ=organ)
+    table['level'] = _levels(out, file, lines, chosen, data, plans, strict=strict, organ=organ, unchecked=unchecked)
     return table, float(table.seconds.sum()) / at_once
 
 # %% ../../nbs/86_experiment.study.ipynb #a2ad91c7
