@@ -7,7 +7,6 @@ __all__ = ['SETTINGS', 'OURS', 'JOBS', 'PRINTED', 'protocol_settings', 'study', 
            'report', 'add_commands']
 
 # %% ../../nbs/93_command.experiment.ipynb #ca5b6b0f
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +82,7 @@ def protocol(
     "the whole experiment, resumable: simulate, train, unlearn, compare with the Oracle, report"
     from mri_unlearn.experiment.dryrun import describe, dry_run
     from mri_unlearn.experiment.protocol import run_protocol
+    from mri_unlearn.machinery.disk import read_json
 
     settings = protocol_settings(args) | dict(strict=args.strict, organ=args.organ, jobs=args.jobs)
     settings['unchecked'] = args.unchecked
@@ -95,7 +95,7 @@ def protocol(
     run_protocol(args.preset, out, args.data, **settings)
     say((out / 'table.md').read_text(encoding='utf-8'))
     say(f'Report: {out / "report.html"}')
-    for _, why in json.loads((out / 'config.json').read_text())['data'].get('skipped', []):
+    for _, why in read_json(out / 'config.json')['data'].get('skipped', []):
         say(f'left out: {why}', sys.stderr)
 
 # %% ../../nbs/93_command.experiment.ipynb #4789f6e6
@@ -130,7 +130,7 @@ def add_protocol(
 ):
     "Add `protocol`"
     p = add_command(commands, 'protocol', protocol, 'protocol --preset tiny --out runs/first')
-    p.add_argument('--preset', default='small', help='tiny, small, medium or paper')
+    p.add_argument('--preset', default='small', help='tiny, small, medium, paper or m4raw')
     p.add_argument('--out', type=file_name, metavar='DIR', help='folder of the run; default: runs/PRESET')
     add_files(p, required=False)
     add_unchecked(p)

@@ -191,11 +191,15 @@ def read_target(
 @lru_cache(100_000)
 def _largest(path, *stamp):
     "Largest value of the target of a file that has not changed since `stamp`."
-    largest = read_target(path).max().item()
-    if not 0 < largest < float('inf'):
+    target = read_target(path)
+    holes = ~target.isfinite().flatten(1).all(1)
+    if holes.any():
         raise DataError(
-            f'{path}: the largest value of its target is {largest:g}; expected a finite one above 0. Leave it out.'
+            f'{path}: slice {int(holes.nonzero()[0])}: its target is not finite. Mend the file, or leave it out.'
         )
+    largest = target.max().item()
+    if not largest > 0:
+        raise DataError(f'{path}: the largest value of its target is {largest:g}; expected one above 0. Leave it out.')
     return largest
 
 

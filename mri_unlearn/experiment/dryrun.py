@@ -244,6 +244,7 @@ def said_level(
         return 'no method of this run ends at a level'
     if original is None:
         return LATER
+    original.check('original')
     return str(unlearned_learner(original, settings, network, splits, [AtTheLevel()]).level)
 
 

@@ -18,7 +18,7 @@ from .requests import at_line, folder_name
 from .runs import split_by_request
 from .settings import Settings
 from .tables import reached_levels
-from ..machinery.disk import DataError, atomic_path, write_csv
+from ..machinery.disk import DataError, atomic_path, read_csv, write_csv
 from ..show.page import write_index
 from ..show.report import network_names, to_markdown
 from ..verdict.names import KEYS, NetworkName, strangers_of
@@ -84,8 +84,7 @@ def _read(path):
     "A table of a run by network; empty where there is none"
     if not path.exists():
         return {}
-    table = pd.read_csv(path, dtype={'method': str}).fillna({'method': ''})
-    return {NetworkName.of(row): row for row in table.to_dict('records')}
+    return {NetworkName.of(row): row for row in read_csv(path).to_dict('records')}
 
 
 def _network_row(about, name, verdict, cost, level, reached):
@@ -107,7 +106,7 @@ def request_rows(
     if plan.splits is None or not (folder / 'report.html').exists():
         return [about]
     verdicts, costs, levels = (_read(folder / f'{name}.csv') for name in ('verdicts', 'summary', 'levels'))
-    reached = reached_levels(pd.read_csv(folder / 'results.csv', dtype={'method': str}).fillna({'method': ''}))
+    reached = reached_levels(read_csv(folder / 'results.csv'))
     shown = [name for name in verdicts if name.kind in ('original', 'unlearned')]
     return [_network_row(about, n, verdicts[n], costs.get(n, {}), levels.get(n, {}), reached) for n in shown]
 

@@ -178,8 +178,12 @@ _MEDIUM = dict(data='medium', num_workers=4, cascades=6, chans=12, sens_chans=4)
 _PAPER = dict(data='', num_workers=8, chans=18, epochs=50, schedule='constant', oracle_seeds=1) | dict(
     rounds=7, steps=None
 )
+_M4RAW = (  # brains at 0.3 T, 4 coils, 256 x 256: one organ, so a contrast is what can be asked for
+    dict(data='', num_workers=2, chans=32, epochs=20, oracle_seeds=2, hallucination=(), third=0)
+    | dict(query="acquisition == 'AXFLAIR'", reason='the contrast was measured wrongly', allow_mixed=True)
+)
 # preset -> settings that differ from the defaults
-EXPERIMENTS = {'tiny': _TINY, 'small': {}, 'medium': _LARGE | _MEDIUM, 'paper': _LARGE | _PAPER}
+EXPERIMENTS = {'tiny': _TINY, 'small': {}, 'medium': _LARGE | _MEDIUM, 'paper': _LARGE | _PAPER, 'm4raw': _M4RAW}
 # what a preset needs besides for a VarNet that two cores train in a minute or two
 VARNET = {
     'tiny': dict(cascades=2, chans=4, pools=2, sens_chans=2, sens_pools=2, epochs=12, bs=1),
