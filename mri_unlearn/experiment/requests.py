@@ -34,7 +34,7 @@ def _is_condition(text):
     "Whether a text is an expression that compares or calls something"
     try:
         tree = ast.parse(text.strip(), mode='eval')
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return any(isinstance(node, (ast.Compare, ast.Call)) for node in ast.walk(tree))
 
