@@ -62,21 +62,26 @@ def _open(path):
         raise _unreadable(path, e) from e
 
 # %% ../../nbs/19_data.files.ipynb #7da87578
+_SOUND = set()  # objects of files that were looked at: asking again for every slice would cost more than all else
+
+
 def _inside(f, path, name):
     """Object `name` as HDF5's object, None where there is none.
 
     DataError: what it holds lies outside of this file, so that one scan could show another, or anything at all."""
-    try:
-        found = h5py.h5o.open(f, name.encode())
-    except KeyError:
-        if name.encode() in f:
-            raise  # it is there, and damaged
+    if name.encode() not in f:
         return None
+    found, stat = h5py.h5o.open(f, name.encode()), os.stat(path)
+    seen = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, name
+    if seen in _SOUND:
+        return found
     elsewhere = h5py.h5f.get_name(found) != h5py.h5f.get_name(f)
     if not elsewhere and isinstance(found, h5py.h5d.DatasetID):
         made = found.get_create_plist()
         elsewhere = made.get_layout() == h5py.h5d.VIRTUAL or made.get_external_count() > 0
-    if elsewhere:
+    if not elsewhere:
+        _SOUND.add(seen)
+    else:
         raise DataError(
             f'{path}: its {name!r} lies in another file (a link, a virtual data set or external storage). '
             'Write the scan as a file that holds all of itself.'
@@ -112,10 +117,20 @@ def _parts(dtype):
     return tuple(names[part] for part in pair)
 
 
+def _plainly_complex(kind):
+    "Is it what h5py makes of complex numbers? Seen from HDF5's type, which is faster than asking for numpy's"
+    compound = kind.get_class() == h5py.h5t.COMPOUND and kind.get_nmembers() == 2
+    return (
+        compound
+        and [kind.get_member_name(i) for i in (0, 1)] == [b'r', b'i']
+        and kind.get_member_class(0) == h5py.h5t.FLOAT
+    )
+
+
 def _kspace(f, path):
     "The k-space: [slices, coils, H, W] or [slices, H, W], complex, not empty."
     ds, shape = _dataset(f, path, 'kspace', (3, 4))
-    if ds.dtype.kind != 'c' and not _parts(ds.dtype):
+    if not _plainly_complex(ds.get_type()) and ds.dtype.kind != 'c' and not _parts(ds.dtype):
         raise DataError(
             f'{path}: k-space must be complex, found {ds.dtype} of shape {shape}. '
             'Write it as complex64, or as records of real and imaginary parts named so.'

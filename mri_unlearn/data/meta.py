@@ -8,6 +8,7 @@ __all__ = ['HEADER_FIELDS', 'ATTRIBUTES', 'LEAST_STORED', 'NOBODY', 'LONGEST_NAM
            'organ_of', 'image_size_of', 'check_axes', 'number', 'padding_of', 'sequence_of']
 
 # %% ../../nbs/20_data.meta.ipynb #970f91b3
+import math
 import re
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ LEAST_STORED = 1 / 1100  # of what an array holds; no compression of HDF5 makes 
 
 def _weighed(f, ds, shape, path):
     "Raise `DataError` for k-space that the file cannot hold: sizes are not believed before they are weighed."
-    claimed, there = int(np.prod(shape, dtype=object)) * ds.get_type().get_size(), f.get_filesize()
+    claimed, there = math.prod(shape) * ds.get_type().get_size(), f.get_filesize()
     if claimed * LEAST_STORED > there:
         raise DataError(
             f'{path}: claims {claimed / 1e9:.3g} GB of k-space, shape {shape}, in a file of {there / 1e6:.3g} MB: '
