@@ -69,9 +69,13 @@ def _inside(f, path, name):
     """Object `name` as HDF5's object, None where there is none.
 
     DataError: what it holds lies outside of this file, so that one scan could show another, or anything at all."""
-    if name.encode() not in f:
+    try:
+        found = h5py.h5o.open(f, name.encode())
+    except KeyError:
+        if name.encode() in f:
+            raise  # it is there, and damaged
         return None
-    found, stat = h5py.h5o.open(f, name.encode()), os.stat(path)
+    stat = os.stat(path)
     seen = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, name
     if seen in _SOUND:
         return found
@@ -231,9 +235,9 @@ def largest_target(
 # %% ../../nbs/19_data.files.ipynb #ab7b97e1
 def _mask(f, path, shape):
     "bool [1, W] or [slices, W], the columns that the file itself says were measured, of k-space of a shape; or None."
-    ds = _inside(f, path, 'mask')
-    if ds is None:
+    if b'mask' not in f:
         return None
+    ds = _inside(f, path, 'mask')
     try:
         values = h5py.Dataset(ds)[()] if isinstance(ds, h5py.h5d.DatasetID) else 'no array'
         return stored_mask(values, shape[-1], shape[0], shape[-2])

@@ -103,9 +103,9 @@ ATTRIBUTES = 'acquisition', 'patient_id', 'max', 'padding_left', 'padding_right'
 LEAST_STORED = 1 / 1100  # of what an array holds; no compression of HDF5 makes less of it
 
 
-def _weighed(f, ds, shape, path):
+def _weighed(f, shape, path):
     "Raise `DataError` for k-space that the file cannot hold: sizes are not believed before they are weighed."
-    claimed, there = math.prod(shape) * ds.get_type().get_size(), f.get_filesize()
+    claimed, there = 8 * math.prod(shape), f.get_filesize()
     if claimed * LEAST_STORED > there:
         raise DataError(
             f'{path}: claims {claimed / 1e9:.3g} GB of k-space, shape {shape}, in a file of {there / 1e6:.3g} MB: '
@@ -118,8 +118,8 @@ def read_meta(
 ) -> FileMeta:  # its header has only what an index asks for
     "Shapes, header and attributes; no pixel is read. DataError: no usable k-space, mask or header."
     with _open(path) as f:
-        ds, shape = _kspace(f, path)
-        _weighed(f, ds, shape, path)
+        shape = _kspace(f, path)[1]
+        _weighed(f, shape, path)
         header = header_from_xml(_xml(f, path), path, shape[-2:], HEADER_FIELDS)
         attrs = {k: v for k in ATTRIBUTES if (v := _attr(f, k)) is not None}
         return FileMeta(
