@@ -28,7 +28,14 @@ from mri_unlearn.command.options import (
     training_volumes,
     with_targets,
 )
-from .outputs import holds_columns, holds_weights, must_be_folder, must_be_writable, record_beside
+from mri_unlearn.command.outputs import (
+    holds_columns,
+    holds_weights,
+    must_be_folder,
+    must_be_writable,
+    record_beside,
+    write_with_record,
+)
 from ..experiment.settings import DEPTH, NetworkSettings, check_memory
 from ..machinery.ranges import COUNT, RATE
 
@@ -174,9 +181,7 @@ def unlearn(
     "make a trained network forget what a request names"
     from mri_unlearn.data.request import ForgetRequest
     from mri_unlearn.experiment.outlook import record_of, what_was_done
-    from mri_unlearn.machinery.disk import write_json
     from mri_unlearn.network.learner import ProgressBar, WorkMeter
-    from mri_unlearn.network.weights import save_weights
     from mri_unlearn.unlearn.core import unlearn
 
     if args.dry_run:
@@ -185,11 +190,9 @@ def unlearn(
     rows, held_out = sides(splits)
     bar, meter = ProgressBar(f'{args.method}, retain fraction {args.retain_fraction:g}'), WorkMeter()
     done = unlearn(learn, rows, cbs=[bar, meter], held_out=held_out, **work)
-    request, path = ForgetRequest(args.forget, allow_mixed=args.allow_mixed), record_beside(args.out)
-    path.unlink(missing_ok=True)  # the record of other weights
-    save_weights(done.model, args.out)
+    request = ForgetRequest(args.forget, allow_mixed=args.allow_mixed)
     record = record_of(done, request, work) | dict(network=str(args.model))
-    write_json(path, record)
+    path = write_with_record(done.model, args.out, record)
     used = done.dls.train_ds.volumes.split.value_counts()
     at_hand = f'{used.get("forget_train", 0)} forget and {used.get("retain_train", 0)} retain volumes at hand'
     say(f'{args.method}: {at_hand}; weights in {args.out}, record in {path}')
