@@ -78,7 +78,7 @@ def _must_not_be_read(path, inputs):
         if os.path.exists(other) and os.path.samestat(here, os.stat(other)):
             raise DataError(f'{path}: is read by this command and would be replaced; give the result another name')
 
-
+# %% ../../nbs/89_command.outputs.ipynb #352615e1
 def must_be_writable(
     path,  # str or Path: file that a command will write at its end
     inputs=(),  # files and folders that it reads

@@ -97,7 +97,7 @@ def _check_archive(archive, path):
     if bad:
         raise DataError(f'{path}: damaged, the checksum of {bad} is not that of its bytes; copy or download it again')
 
-
+# %% ../../nbs/37_network.checkpoint.ipynb #6f9af9d0
 def _unpickled(path):
     "What torch.save has written, with stand-ins for what is neither plain data nor a tensor"
     _refuse_other_archives(path)
