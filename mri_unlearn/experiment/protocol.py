@@ -30,7 +30,7 @@ from ..machinery.workers import processes
 from ..show.figures import save_figure, show_reconstructions
 from ..show.page import write_figures, write_report
 from ..show.plots import plot_verdicts
-from ..show.sealed import seal
+from ..show.sealed import seal, seal_pages
 from ..verdict.evaluate import reconstruct_volumes
 from ..verdict.names import NetworkName, forget_side, side_names
 
@@ -143,6 +143,7 @@ def write_results(
     _seal(run, tables)
     write_figures(run.out, settings.unlearning.fraction)
     write_report(run.out)
+    seal_pages(run.out)
     return tables
 
 # %% ../../nbs/81_experiment.protocol.ipynb #f4cdec20
