@@ -28,7 +28,16 @@ from ..data.inspect import checked
 from ..data.volumes import index_volumes
 from .records import Run
 from .settings import Settings
-from ..machinery.disk import DataError, claim, data_digest, read_csv, read_json, write_csv, write_json
+from mri_unlearn.machinery.disk import (
+    DataError,
+    claim,
+    data_digest,
+    read_csv,
+    read_json,
+    read_text,
+    write_csv,
+    write_json,
+)
 from ..machinery.workers import network_threads
 from ..phantom.simulate import simulate_dataset
 from ..show.sealed import check_config, config_digest
@@ -100,12 +109,16 @@ def _contents(splits):
 def _compared(config):
     "What must be the same in two starts of a run"
     later = dict(allow_mixed=False)  # settings that runs begun before these existed do not record
-    return {**later, **config.get('settings', {}), 'data files': config.get('data', {}).get('source')}
+    settings, data = config.get('settings'), config.get('data')  # whatever somebody has written there
+    source = data.get('source') if isinstance(data, dict) else data
+    return {**later, **(settings if isinstance(settings, dict) else {}), 'data files': source}
 
 
 def _check_threads(config, path):
     "Complain of a number of threads other than the run's: the last bits would differ, and training magnifies them"
     threads = config.get('threads')
+    if threads is not None and not (isinstance(threads, int) and threads > 0):
+        raise DataError(f'{path}: expected a number of threads, found {threads!r:.40}; put back what stood there')
     if threads and os.environ.get('MRI_UNLEARN_THREADS') and threads != network_threads():
         raise DataError(
             f'{path}: the networks of this run are computed with {threads} threads each, asked for are '
@@ -158,7 +171,8 @@ def write_config(
         _check_content(config, splits, path)
     else:
         warnings.warn(_OLDER.format(path), stacklevel=2)
-        config['data'] |= _contents(splits) | config['data']  # what stands there already, stays
+        was = config['data'] if isinstance(config.get('data'), dict) else dict(source=config.get('data'))
+        config['data'] = _contents(splits) | was  # what stands there already, stays
         write_json(path, config)
 
 # %% ../../nbs/76_experiment.runs.ipynb #e87a8ed9
@@ -251,12 +265,16 @@ def with_content(
     return splits.assign(content=[content_stamp(path) for path in splits.path])
 
 
+_TOLD = 'organ', 'acquisition', 'patient_id', 'site'  # what tables of stages say of a volume
+_CHANGED = dict(split='is in {} and was in {}', slices='has {} slices and had {}', content='holds another scan')
+
+
 def _changes(old, new):
     "What has happened to volumes since then: name -> words"
-    columns = [c for c in ('split', 'slices', 'content') if c in old and c in new]
+    columns = [c for c in (*_TOLD, *_CHANGED) if c in old and c in new]
     was, now = (dict(zip(t.fname, t[columns].itertuples(index=False, name=None))) for t in (old, new))
     said = {name: 'is gone' for name in was if name not in now} | {name: 'is new' for name in now if name not in was}
-    words = dict(split='is in {} and was in {}', slices='has {} slices and had {}', content='holds another scan')
+    words = {column: f'has the {column} {{!r}} and had {{!r}}' for column in _TOLD} | _CHANGED
     for name in was.keys() & now.keys() - said.keys():
         for column, before, after in zip(columns, was[name], now[name]):
             if before != after:
@@ -284,10 +302,13 @@ def record_volumes(
     run: Run,  # the run
     splits: pd.DataFrame,  # from `with_content`
 ):
-    "Write volumes.csv, or find the same volumes with the same split and content there; else raise `DataError`"
+    """Write volumes.csv, or find the same volumes with the same split and content there; else raise `DataError`
+
+    What else was edited there is put right, and where the files lie now is noted."""
     check_volumes(run, splits)
-    if not os.path.lexists(run.out / 'volumes.csv'):
-        write_csv(run.out / 'volumes.csv', splits)
+    path = run.out / 'volumes.csv'
+    if not os.path.lexists(path) or (run.identity and read_text(path) != splits.to_csv(index=False)):
+        write_csv(path, splits)
 
 # %% ../../nbs/76_experiment.runs.ipynb #baf4691e
 def scored_volumes(
@@ -312,6 +333,8 @@ def write_timing(
     path, unit = run.out / 'timing.json', 2**30 if sys.platform == 'darwin' else 2**20
     advice = '; delete it: only the time that was counted so far is lost'
     old = read_json(path, advice) if os.path.lexists(path) else dict(seconds=0.0, starts=0)
+    if not all(isinstance(old.get(name), (int, float)) for name in ('seconds', 'starts')):
+        raise DataError(f'{path}: damaged, expected numbers of seconds and starts{advice}')
     own, worker = (resource.getrusage(w).ru_maxrss / unit for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     timing = dict(seconds=old['seconds'] + seconds, starts=old['starts'] + 1)
     write_json(path, timing | dict(peak_memory_gib=own, peak_memory_of_a_worker_gib=worker))
