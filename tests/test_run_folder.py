@@ -282,3 +282,20 @@ def test_a_file_that_was_given_to_another_patient_is_found_out(run, whole, data)
     refused(run, whole, one.name)
     (run / 'volumes.csv').unlink()  # and it cannot be talked out of it
     refused(run, whole, 'changed since this run began')
+
+
+def test_a_file_that_stopped_a_run_can_be_left_out(tmp_path, data, capsys):
+    "Nothing was made of the data yet, so the run begins anew without it; once something was, it does not"
+    bad = two_of(data, 'multicoil_train')[-1]
+    with h5py.File(bad, 'a') as f:
+        f['kspace'][0] = float('nan')  # not the slice in the middle, which is looked at
+    with pytest.raises(Exception, match=f'{bad.name}.*not finite|{bad.name}.*NaN'):
+        run_protocol('tiny', tmp_path / 'run', data, **FEW)
+    assert not list((tmp_path / 'run' / 'stages').iterdir())
+    bad.unlink()
+    with pytest.warns(UserWarning, match='begins anew'):
+        run_protocol('tiny', tmp_path / 'run', data, **FEW)
+    assert bad.name not in pd.read_csv(tmp_path / 'run' / 'volumes.csv').fname.tolist()
+    two_of(data, 'multicoil_train')[0].unlink()
+    with pytest.raises(DataError, match='is gone'):
+        run_protocol('tiny', tmp_path / 'run', data, **FEW)
