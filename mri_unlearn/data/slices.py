@@ -73,8 +73,17 @@ def _batch_shape(row, input):
 
 
 def _measured(mask, row, input):
-    "For k-space: the mask without the sides that were never measured, as in fastMRI's VarNet transform."
-    return clip_mask(mask, (row['padding_left'], row['padding_right'])) if input == 'kspace' else mask
+    """For k-space: the mask without the sides that were never measured, as in fastMRI's VarNet transform.
+
+    DataError: nothing is left."""
+    if input == 'kspace':
+        mask = clip_mask(mask, (row['padding_left'], row['padding_right']))
+    if not mask.any():
+        raise DataError(
+            f'{row["path"]}: the mask keeps none of {len(mask)} columns; raise the share of the centre (the '
+            'centre fraction) or lower the acceleration'
+        )
+    return mask
 
 
 def _to_forget(volumes):
