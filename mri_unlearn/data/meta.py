@@ -267,9 +267,9 @@ def check_axes(
     "Raise `DataError` where the axes of the k-space are others than [slices, coils, H, W] or [slices, H, W]"
     size, shape = tuple(meta.header.encoded[:2]), meta.kspace
     pairs = [shape[i : i + 2] for i in range(len(shape) - 1)]
-    # one of the two may differ: columns are cut off or filled in, the oversampling of the readout is removed
-    fits = size[0] in (shape[-2], 2 * shape[-2]) or size[1] == shape[-1]
-    if min(size) > 0 and pairs[-1] != size and (not fits or size in pairs or pairs[-1] == size[::-1]):
+    # columns may be cut off or filled in, and rows: only where the header's numbers stand elsewhere, axes were moved
+    elsewhere = size in pairs or pairs[-1] == size[::-1] or size[0] != shape[-2] and size[0] in shape[:-2]
+    if min(size) > 0 and pairs[-1] != size and elsewhere:
         raise DataError(
             f'{path}: its header says k-space of {size[0]} × {size[1]} samples, its array of shape {shape} ends in '
             f'{shape[-2]} × {shape[-1]}. Expected [slices, coils, H, W]: move its axes, or correct the header.'

@@ -90,8 +90,9 @@ def _told(folder):
 
 def _sides(index):
     "What the folders of each volume say, the innermost that says anything; only those below all of the data count"
-    if 'path' not in index:
-        return index.folder.map(_told)
+    side = index.folder.map(_told)
+    if 'path' not in index or all(side):
+        return side
     folders = {path: os.path.dirname(os.path.abspath(path)) for path in index.path}
     try:
         around = os.path.commonpath(set(folders.values()))
@@ -101,7 +102,7 @@ def _sides(index):
     for folder in set(folders.values()):
         inside = os.path.relpath(folder, around).split(os.sep)
         told[folder] = next(filter(None, map(_told, reversed(inside))), '')
-    return index.path.map(lambda path: told[folders[path]])
+    return side.where(side != '', index.path.map(lambda path: told[folders[path]]))
 
 
 def held_out_by_folder(
