@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ..machinery.disk import DataError
-from ..signal.masks import stored_mask
+from ..signal.kspace import check_unit
+from ..signal.masks import check_mask, stored_mask
 
 # %% ../../nbs/19_data.files.ipynb #2d82cec8
 _DAMAGED = OSError, RuntimeError, LookupError, TypeError, ValueError  # all of them what h5py raises
@@ -61,6 +62,18 @@ def _open(path):
     except _DAMAGED as e:
         raise _unreadable(path, e) from e
 
+# %% ../../nbs/19_data.files.ipynb #8750b9f3
+def _check_filters(made, path, name):
+    "Raise `DataError` for a dataset that is packed in a way which this HDF5 cannot undo; `made`: how it was created"
+    for i in range(made.get_nfilters()):
+        number, _, _, called = made.get_filter(i)
+        if not h5py.h5z.filter_avail(number):
+            called = called.decode(errors='replace').strip('\0 ')
+            raise DataError(
+                f'{path}: its {name!r} is packed with the filter {number}{f" ({called})" if called else ""}, which is '
+                'not installed here. Install it for HDF5, or write the file again with gzip.'
+            )
+
 # %% ../../nbs/19_data.files.ipynb #7da87578
 _SOUND = set()  # objects of files that were looked at: asking again for every slice would cost more than all else
 
@@ -83,6 +96,7 @@ def _inside(f, path, name):
     if not elsewhere and isinstance(found, h5py.h5d.DatasetID):
         made = found.get_create_plist()
         elsewhere = made.get_layout() == h5py.h5d.VIRTUAL or made.get_external_count() > 0
+        _check_filters(made, path, name)
     if not elsewhere:
         _SOUND.add(seen)
     else:
@@ -92,7 +106,7 @@ def _inside(f, path, name):
         )
     return found
 
-
+# %% ../../nbs/19_data.files.ipynb #e22bf0b0
 def _dataset(f, path, name, ndims):
     "Dataset `name` with one of the numbers of axes `ndims`, as HDF5's object, and its shape."
     ds = _inside(f, path, name)
@@ -104,7 +118,7 @@ def _dataset(f, path, name, ndims):
         raise DataError(f'{path}: holds no dataset {name!r}, only {there}. {what}')
     # asked once: each look at HDF5 costs some microseconds, in the next chapter for thousands of files
     shape = ds.shape
-    if len(shape) not in ndims:
+    if shape is None or len(shape) not in ndims:  # None: an empty space
         raise DataError(f'{path}: dataset {name!r} must have {" or ".join(map(str, ndims))} axes, found shape {shape}.')
     return ds, shape
 
@@ -181,13 +195,21 @@ def read_slice(
         return _with_coils(_item(*_kspace(f, path), path, slice_num, np.complex64))
 
 # %% ../../nbs/19_data.files.ipynb #263de769
+_REAL = h5py.h5t.FLOAT, h5py.h5t.INTEGER, h5py.h5t.ENUM  # booleans are an ENUM
+
+
 def _target(f, path, axes):
     """fastMRI's target and its shape, (None, None) without one.
 
     It is `reconstruction_esc` in files of one coil (k-space of 3 axes) that have it, else `reconstruction_rss`."""
-    if axes == 3 and b'reconstruction_esc' in f:
-        return _dataset(f, path, 'reconstruction_esc', (3,))
-    return _dataset(f, path, 'reconstruction_rss', (3,)) if b'reconstruction_rss' in f else (None, None)
+    single = axes == 3 and b'reconstruction_esc' in f
+    name = 'reconstruction_esc' if single else 'reconstruction_rss'
+    if name.encode() not in f:
+        return None, None
+    ds, shape = _dataset(f, path, name, (3,))
+    if ds.get_type().get_class() not in _REAL:
+        raise DataError(f'{path}: {name} must hold real numbers, found {ds.dtype}. Write the magnitude as float32.')
+    return ds, shape
 
 # %% ../../nbs/19_data.files.ipynb #fdc4ab55
 def read_target(
@@ -233,19 +255,25 @@ def largest_target(
     return _largest(os.fspath(path), stat.st_size, stat.st_mtime_ns)
 
 # %% ../../nbs/19_data.files.ipynb #ab7b97e1
+@contextmanager
+def _named(where, advice='Write it as one number a column, 0 or 1, or remove it where the k-space is complete.'):
+    "What is wrong with numbers of a file becomes a `DataError` that names it, and says what to do"
+    try:
+        yield
+    except ValueError as e:
+        raise DataError(f'{where} {e}. {advice}') from None
+
+
 def _mask(f, path, shape):
     "bool [1, W] or [slices, W], the columns that the file itself says were measured, of k-space of a shape; or None."
     if b'mask' not in f:
         return None
     ds = _inside(f, path, 'mask')
-    try:
+    with _named(f'{path}: its mask cannot be used:'):
+        if isinstance(ds, h5py.h5d.DatasetID) and np.prod(ds.shape or (), dtype=object) > np.prod(shape, dtype=object):
+            raise ValueError(f'it has the shape {ds.shape}, more than k-space of {shape}')  # before it is read
         values = h5py.Dataset(ds)[()] if isinstance(ds, h5py.h5d.DatasetID) else 'no array'
         return stored_mask(values, shape[-1], shape[0], shape[-2])
-    except ValueError as e:
-        raise DataError(
-            f'{path}: its mask cannot be used: {e}. '
-            'Write it as one number a column, 0 or 1, or remove it where the k-space is complete.'
-        ) from None
 
 
 def read_mask(
@@ -279,15 +307,22 @@ def read_item(
     path,  # fastMRI file
     slice_num: int,  # from 0
 ) -> RawSlice:  # k-space, target and mask
-    "k-space, target and mask of one slice from a file that is opened once. DataError: as `read_slice`."
+    """k-space, target and mask of one slice from a file that is opened once.
+
+    DataError: as `read_slice`, a unit that cannot be computed with, a mask that contradicts the k-space."""
     with _open(path) as f:
         ds, shape = _kspace(f, path)
         target, size = _target(f, path, len(shape))
-        kspace = _item(ds, shape, path, slice_num, np.complex64)
+        kspace = _with_coils(_item(ds, shape, path, slice_num, np.complex64))
         mask = _of_slice(_mask(f, path, shape), slice_num)
+        with _named(f'{path}: slice {slice_num}:', 'Write k-space and target in another unit.'):
+            check_unit(kspace, lambda: _item(ds, shape, path, shape[0] // 2, np.complex64))
+        if mask is not None:
+            with _named(f'{path}: slice {slice_num}: its mask cannot be used:'):
+                check_mask(kspace, mask)
         if target is not None:
             target = _item(target, size, path, slice_num, np.float32)
-        return RawSlice(_with_coils(kspace), target, mask)
+        return RawSlice(kspace, target, mask)
 
 # %% ../../nbs/19_data.files.ipynb #b4d6dcfa
 def read_array(

@@ -6,6 +6,7 @@
 __all__ = ['HZ_PER_TESLA', 'LARGEST_HEADER', 'Geometry', 'Header', 'padding_in', 'crop_size', 'header_to_xml', 'header_from_xml']
 
 # %% ../../nbs/17_data.header.ipynb #1a8908e6
+import math
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, fields
 
@@ -212,9 +213,19 @@ _MATRIX = 'encoded', 'recon'  # without these there is no image
 _LIMITS = 'enc_center', 'enc_maximum'  # these say what was measured: a wrong guess would be a silent error
 
 
+def _number(text, kind):
+    "A finite number, for `int` a whole one that is not negative; `ValueError` for anything else"
+    number = float(text)
+    if not math.isfinite(number) or kind is int and (number < 0 or not number.is_integer()):
+        raise ValueError(text)
+    return kind(number)
+
+
 def _three(element, kind):
-    "Its children x, y and z, of which z may be absent."
-    at = {_local(e): kind(float(e.text)) for e in element}
+    "Its children x, y and z, of which z may be absent; there is no matrix of 0"
+    at = {_local(e): _number(e.text, kind) for e in element if _local(e) in 'xyz'}
+    if kind is int and 0 in (at['x'], at['y']):
+        raise ValueError('a matrix of 0')
     return at['x'], at['y'], at.get('z', kind(1))
 
 
@@ -224,11 +235,11 @@ def _value(element, name):
     try:
         if kind is tuple:
             return _three(element, float if name.endswith('_mm') else int)
-        return None if not text else int(float(text)) if kind is int else kind(text)
+        return None if not text else text if kind is str else _number(text, kind)
     except (TypeError, ValueError, LookupError, OverflowError):
         if name in _MATRIX + _LIMITS:
             said = ' '.join(''.join(element.itertext()).split())[:40]
-            raise DataError(f'{_PATHS[name]} is {said!r}; expected numbers') from None
+            raise DataError(f'{_PATHS[name]} is {said!r}; expected whole numbers') from None
         return None
 
 # %% ../../nbs/17_data.header.ipynb #2dd872b0

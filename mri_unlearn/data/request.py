@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
+from .inspect import on_both_tracks
 from .meta import one_spelling
 from ..machinery.disk import DataError
 from ..machinery.query import absent_values, rows_of_query
@@ -77,42 +78,76 @@ class ForgetRequest:
         return cls(**record)
 
 # %% ../../nbs/30_data.request.ipynb #cc45b283
-TRAINING = {'train', 'training', 'trn'}
-TESTING = {'val', 'valid', 'validation', 'test', 'testing', 'tst', 'challenge', 'holdout'}
+TRAINING = {'train', 'training', 'trn', 'trains'}
+TESTING = {
+    'val',
+    'valid',
+    'validation',
+    'validate',
+    'test',
+    'testing',
+    'tests',
+    'tst',
+    'challenge',
+    'holdout',
+    'heldout',
+}
+TESTING |= {'eval', 'evaluation', 'evaluate', 'dev'}
+_WHAT = re.compile('(?<=.)(?:data|sets?|split|files|scans)+$')  # trainset, testdata
 
 
 def _told(folder):
     "What a folder's name says: 'train', 'test', or '' for nothing or both"
-    words = {word.lower() for word in re.findall('[A-Z]?[a-z]+|[A-Z]+', folder)}
+    words = [_WHAT.sub('', word.lower()) for word in re.findall('[A-Z]?[a-z]+|[A-Z]+', folder)]
+    words = {*words, *map(''.join, zip(words, words[1:]))}  # held_out
     sides = ['train'] * bool(words & TRAINING) + ['test'] * bool(words & TESTING)
     return sides[0] if len(sides) == 1 else ''
 
-
-def _sides(index):
-    "What the folders of each volume say, the innermost that says anything; only those below all of the data count"
-    side = index.folder.map(_told)
-    if 'path' not in index or all(side):
-        return side
-    folders = {path: os.path.dirname(os.path.abspath(path)) for path in index.path}
+# %% ../../nbs/30_data.request.ipynb #08ee1f69
+def _below(index):
+    "Folder of each volume, and all that files were found in: as paths below all of the data, which alone may tell"
+    at = index.path.map(lambda path: os.path.dirname(os.path.abspath(path))) if 'path' in index else index.folder
+    if 'path' not in index or (at.map(os.path.basename) != index.folder).any():
+        return index.folder, set(index.folder)  # a plan: its files are not there yet
+    found = {*at, *index.attrs.get('folders', ())}  # also those whose volumes cannot be used
     try:
-        around = os.path.commonpath(set(folders.values()))
+        around = os.path.commonpath(found)
     except ValueError:
         around = os.sep  # several drives
-    told = {}
-    for folder in set(folders.values()):
-        inside = os.path.relpath(folder, around).split(os.sep)
-        told[folder] = next(filter(None, map(_told, reversed(inside))), '')
-    return side.where(side != '', index.path.map(lambda path: told[folders[path]]))
+    below = {folder: os.path.relpath(folder, around) for folder in found}
+    return at.map(below), set(below.values())
 
 
+def _side(folder):
+    "What a folder and those around it say; '' where that is nothing, or one says this and another that"
+    told = set(map(_told, folder.split(os.sep))) - {''}
+    return told.pop() if len(told) == 1 else ''
+
+
+def _sides(index):
+    "What the folders of each volume say, see `_side`"
+    return _below(index)[0].map(_side)
+
+
+def _names_of_folders(index):
+    "Folders by their paths below all of the data"
+    below = _below(index)[0]
+    return sorted(below.where(below != '.', index.folder).unique())
+
+# %% ../../nbs/30_data.request.ipynb #b522411a
 def held_out_by_folder(
     index: pd.DataFrame,  # with the column `folder`, and `path` where folders further up may tell
 ) -> pd.Series | None:  # bool, True for test volumes; None where the folders do not tell
-    "Test volumes by the names of the folders. DataError: only some of them are telling names."
-    side = _sides(index)
+    "Test volumes by the names of the folders. DataError: only some of them tell, or only those for testing are left."
+    side, found = _sides(index), set(map(_side, _below(index)[1]))
+    if 'train' in found and set(side) == {'test'}:
+        raise DataError(
+            'all volumes that can be used lie in folders for testing, none of those for training has a target or could '
+            "be read. Mend or name other folders, or choose test='patient' for a random division."
+        )
     if not {'train', 'test'} <= set(side):
         return None
-    other = sorted(index.folder[side == ''].unique())
+    other = _names_of_folders(index[side == ''])
     if other:
         raise DataError(
             f'some folders say whether they are for training or testing, {", ".join(other)} does not. '
@@ -162,9 +197,9 @@ def _check_tracks(index):
     "Raise `DataError` where scans are there twice, once of many coils and once combined into one."
     if 'coils' not in index:
         return
-    twice = sorted(set(index.fname[index.coils == 1]) & set(index.fname[index.coils > 1]))
-    if twice:
-        folders = sorted(index.folder[index.fname.isin(twice)].unique())
+    both = on_both_tracks(index)
+    if both.any():
+        twice, folders = sorted(index.fname[both].unique()), sorted(index.folder[both].unique())
         raise DataError(
             f'{_names(twice)}: the same scans are there with one coil and with several, in {", ".join(folders)}; '
             'no table could tell them apart. Name only the folders of one kind, such as multicoil_train and '
@@ -198,13 +233,17 @@ def _held_out(index, test, test_fraction, seed):
     by_folder = None if test == 'patient' else held_out_by_folder(index)
     if by_folder is not None:
         return by_folder
-    folders = sorted(index.folder.unique())
+    folders, sides = _names_of_folders(index), set(_sides(index))
     if test == 'folder':
         raise DataError(f'folders {", ".join(folders)}: expected some that end in _train and some in _val or _test.')
-    if test == 'auto' and len(folders) > 1 and not all(_sides(index)):
+    if test == 'auto' and len(folders) > 1 and sides != {'train'}:
+        tell = (
+            'say that they are for testing, all of them'
+            if sides == {'test'}
+            else ('do not say which are for training and which for testing')
+        )
         warnings.warn(
-            f'the folders {_names(folders)} do not say which are for training and which for testing; '
-            f'{test_fraction:.0%} of the patients are drawn for testing',
+            f'the folders {_names(folders)} {tell}; {test_fraction:.0%} of the patients are drawn for testing',
             stacklevel=3,
         )
     return held_out_by_patient(index, test_fraction, seed)

@@ -75,13 +75,12 @@ def _batch_shape(row, input):
 def _measured(mask, row, input):
     """For k-space: the mask without the sides that were never measured, as in fastMRI's VarNet transform.
 
-    DataError: nothing is left."""
-    if input == 'kspace':
-        mask = clip_mask(mask, (row['padding_left'], row['padding_right']))
+    DataError: it keeps nothing."""
+    mask = clip_mask(mask, (row['padding_left'], row['padding_right'])) if input == 'kspace' else mask
     if not mask.any():
         raise DataError(
-            f'{row["path"]}: the mask keeps none of {len(mask)} columns; raise the share of the centre (the '
-            'centre fraction) or lower the acceleration'
+            f'{row["path"]}: the sampling mask keeps none of its {len(mask)} columns. Choose a lower acceleration or a '
+            'larger centre fraction, or leave the file out.'
         )
     return mask
 
@@ -91,6 +90,15 @@ def _to_forget(volumes):
     if 'split' not in volumes:
         return [False] * len(volumes)
     return volumes['split'].astype(str).str.startswith('forget').tolist()
+
+# %% ../../nbs/31_data.slices.ipynb #faf7ef1e
+def _target_of(row, target, width):
+    "The target of a slice, NaN where there is none. DataError: its row does not fit it any more"
+    size = int(row['recon_rows']), int(row['recon_cols'])
+    same = width == int(row['cols']) and (target is not None or not row['has_target'])
+    if not same or target is not None and crop_size(target.shape, width) != crop_size(size, width):
+        raise DataError(f'{row["path"]}: has changed since the files were indexed. Start again.')
+    return torch.full(size, float('nan')) if target is None else target
 
 # %% ../../nbs/31_data.slices.ipynb #db990df7
 class SliceDataset:
@@ -120,9 +128,7 @@ class SliceDataset:
         kspace, target, own = read_item(row['path'], slice_num)
         seed = (*((self.seed, self.epoch, slice_num) if self.train else ()), *file_seed(row['fname']))
         mask, low = self.mask(kspace.shape[-1], seed=seed) if own is None else (own, 0)
-        mask = _measured(mask, row, self.input)
-        if target is None:
-            target = torch.full((int(row['recon_rows']), int(row['recon_cols'])), float('nan'))
+        mask, target = _measured(mask, row, self.input), _target_of(row, target, kspace.shape[-1])
         return Item(kspace, mask, low, target, float(row['max']), self.forget[volume], volume, slice_num)
 
     def shape(

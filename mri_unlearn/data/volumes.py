@@ -93,6 +93,8 @@ def _unusable(entry):
     "Why an entry with the name of data cannot be data; None where it may be"
     if entry.name.lower().endswith(PACKED):
         return f'{entry.path}: is packed. Unpack it.'
+    if not entry.path.isprintable() and any('\ud800' <= c <= '\udfff' for c in entry.path):
+        return f'{entry.path}: has a name that is no text in UTF-8, and could stand in no table. Rename it.'
     gone = entry.is_symlink() and not os.path.exists(entry.path)  # reading it says so
     return None if gone or entry.is_file() else f'{entry.path}: is no regular file.'
 
@@ -296,8 +298,10 @@ def index_volumes(
     organ=None,  # what volumes show whose header does not say; None: sequence and file name say, or nobody
     cache=True,  # keep rows of unchanged files for the next time, see `cache_folder`
     progress=None,  # bar on stderr: True, False, or None: only when it takes longer than two seconds
-) -> pd.DataFrame:  # one row a volume, ordered by path; `.attrs['skipped']`: (path, reason) of each file left out
+) -> pd.DataFrame:  # one row a volume, ordered by path
     """Index fastMRI files by their headers alone; `COLUMNS` names what a row says.
+
+    `.attrs['skipped']` holds (path, reason) of each file left out, `.attrs['folders']` those of all files.
 
     DataError: missing or empty folders, no file that can be used."""
     files, odd = _volume_files([root] if isinstance(root, (str, os.PathLike)) else root)
@@ -313,6 +317,7 @@ def index_volumes(
     if organ:
         index['organ'] = [organ_of(*row, organ) for row in zip(index.fname, index.acquisition, index.body_part)]
     index.attrs['skipped'] = list((odd | skipped).items())
+    index.attrs['folders'] = sorted(map(os.path.abspath, {os.path.dirname(file.path) for file in files}))
     if skipped or odd:
         warnings.warn(_left_out(len(files), skipped, odd), stacklevel=2)
     if differ := _contradictions(index, organ):
