@@ -312,14 +312,29 @@ def test_mask_of_any_type(tmp_path, dtype):
         assert only(path).has_mask and read_item(path, 1).mask.tolist() == read_mask(path).tolist() == mask.tolist()
 
 
-def test_mask_that_is_none(tmp_path):
-    path = volume(tmp_path / 'a.h5')
-    change(path, m=with_mask(np.ones((2, 16, 16))))
-    assert not only(path).has_mask and read_item(path, 0).mask is None
-    change(path, m=with_mask(np.ones(19)))
+@pytest.mark.parametrize(
+    'mask, reason',
+    [
+        (np.ones((2, 16, 16)), 'the shape'),  # an outlined organ, say: nobody may take it for none
+        (np.ones(19), 'expected 20 columns'),
+        (np.zeros(20), 'keeps no column'),
+        (np.full(20, np.nan), 'no finite numbers'),
+        (np.linspace(0, 1, 20), '20 kinds of numbers'),
+        (np.indices((32, 20)).sum(0) % 2, 'single points'),
+    ],
+)
+def test_mask_that_is_not_understood(tmp_path, mask, reason):
+    path = change(volume(tmp_path / 'a.h5'), m=with_mask(mask))
     for f in (only, read_mask, lambda p: read_item(p, 0)):
-        with pytest.raises(DataError, match='19 entries'):
+        with pytest.raises(DataError, match=reason):
             f(path)
+
+
+def test_mask_of_each_slice(tmp_path):
+    path, masks = volume(tmp_path / 'a.h5', target=False), np.stack([np.arange(20) % 3 == i for i in range(2)])
+    change(path, m=with_mask(masks))
+    assert only(path).has_mask
+    assert [read_item(path, i).mask.tolist() for i in range(2)] == masks.tolist()
 
 
 @pytest.mark.parametrize(
@@ -364,9 +379,12 @@ def test_source_of_simulated_files(tmp_path):
 @pytest.mark.parametrize(
     'name, acquisition, body_part, organ, found',
     [
-        ('file_brain_AXT2_200_1.h5', 'CORPD_FBK', 'KNEE', 'heart', 'brain'),
-        ('file1000001.h5', 'AXT2', '', 'heart', 'knee'),
-        ('a.h5', 'AXT1PRE', 'KNEE', None, 'brain'),
+        ('file_brain_AXT2_200_1.h5', 'CORPD_FBK', 'KNEE', 'heart', 'knee'),
+        ('file1000001.h5', 'AXT2', '', 'heart', 'heart'),
+        ('file1000001.h5', 'AXT2', '', None, 'unknown'),
+        ('a.h5', 'AXT1PRE', 'KNEE', None, 'knee'),
+        ('file_prostate_AXT2_001.h5', 'AXT2', 'PROSTATE', None, 'prostate'),
+        ('a.h5', 'AXT1PRE', '', None, 'brain'),
         ('a.h5', 'SE', ' PROSTATE', 'heart', 'prostate'),
         ('a.h5', 'SE', '', ' Heart ', 'heart'),
         ('a.h5', 'SE', '', None, 'unknown'),
@@ -420,7 +438,7 @@ UNUSABLE = {
     empty: 'cannot be read',
     no_kspace: "no dataset 'kspace'",
     no_header: "no dataset 'ismrmrd_header'",
-    broken_header: 'header cannot be read',
+    broken_header: 'header cannot be used',
     nobody: 'whose it is',
     real_kspace: 'must be complex',
     prediction: "no dataset 'kspace'",
@@ -478,9 +496,7 @@ def test_a_folder_that_cannot_be_read(shipped, monkeypatch):
 
     monkeypatch.setattr(os, 'scandir', refusing)  # permissions would not stop an administrator
     index, said = quietly(shipped)
-    assert (
-        len(index) == 8 and len(said) == 1 and '2 folders could not be read' in said[0] and 'multicoil_val' in said[0]
-    )
+    assert len(index) == 8 and len(said) == 1 and '2 more things' in said[0] and 'multicoil_val' in said[0]
     assert [Path(p).name for p, _ in index.attrs['skipped']] == ['multicoil_val'] * 2
     with pytest.raises(DataError, match='multicoil_val'):
         index_volumes(shipped, strict=True)

@@ -97,6 +97,17 @@ def test_a_request_is_never_run(home, query, says):
         (['train', '--data', 'scans', '--out', 'x.pt', '--forget', KNEE], 'unrecognized arguments: --forget'),
         (['index', '--data', ''], 'found none'),
         (['simulate', '--out', ''], 'found none'),
+        (
+            [*UNLEARN, '--forget', "patient_id == 'k0001'", '--forget', "patient_id == 'k0002'"],
+            '--forget: is given twice',
+        ),
+        ([*UNLEARN, '--out', 'other.pt', '--forget', KNEE], '--out: is given twice'),
+        (['train', '--data', 'scans', '--out', 'x.pt', '--only', KNEE, '--only', KNEE], '--only: is given twice'),
+        (['train', '--data', 'scans', '--out', 'x.pt', '--only', ''], '--only: expected text'),
+        (['evaluate', '--data', 'scans', '--zero-filled', '--forget', ''], '--forget: expected text'),
+        (['index', '--data', 'scans', '--organ', ''], '--organ: expected text'),
+        (['simulate', '--out', 'x', '--preset', ''], '--preset: expected text'),
+        (['methods', ''], 'name: expected text'),
     ],
 )
 def test_options_out_of_range(home, given, says):
@@ -112,6 +123,9 @@ def test_options_out_of_range(home, given, says):
         (['protocol', '--preset', 'tiny', '--dry-run', '--method-settings', 'deep.json'], 'deep.json: expected'),
         (['protocol', '--preset', 'tiny', '--dry-run', '--method-settings', 'nan.json'], 'lam must be a number'),
         (['protocol', '--preset', 'tiny', '--dry-run', '--retain-fraction', 'nan'], 'fraction must be a number'),
+        (['protocol', '--preset', 'tiny', '--dry-run', '--methods', 'ga', 'ga'], "methods holds 'ga' twice"),
+        (['protocol', '--preset', 'tiny', '--dry-run', '--organ', 'knee'], '--organ goes with --data'),
+        (['simulate', '--out', 'x', '--val-fraction', '0'], '--val-fraction goes with --from-images'),
     ],
 )
 def test_settings_out_of_range(home, given, says):
@@ -131,7 +145,7 @@ def test_an_output_takes_nobodys_place(home):
         ('would be lost', [*train, scan]),
         ('is read by this command', [*train[:2], scan, *train[3:], scan]),
         ('a device, a pipe', [*train, os.devnull]),
-        ('cannot be written to', [*train, 'x' * 250 + '.pt']),
+        ('cannot be written to', [*train, 'x' * 253 + '.pt']),
         ('no text in UTF-8', [*train, 'net\udcff.pt']),
         ('would be lost', ['index', '--data', 'scans', '--csv', scan]),
         ('would be lost', ['index', '--data', 'scans', '--csv', 'net.pt']),

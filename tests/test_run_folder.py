@@ -11,7 +11,7 @@ import pytest
 
 from mri_unlearn.cli import main
 from mri_unlearn.experiment.protocol import run_protocol
-from mri_unlearn.machinery.disk import DataError, data_digest
+from mri_unlearn.machinery.disk import DataError, data_digest, file_digest
 from mri_unlearn.phantom.simulate import simulate_dataset
 
 FEW = dict(epochs=1, rounds=1, steps=2, methods=('sub_ft',), study=(), show=False, jobs=1)
@@ -111,6 +111,63 @@ def test_a_stage_of_another_run_is_refused(run, whole):
 def test_a_table_that_no_stage_has_left_is_refused(run, whole):
     shutil.copyfile(run / 'stages' / 'oracle_s0.scores.csv', run / 'stages' / 'oracle_s7.scores.csv')
     refused(run, whole, 'oracle_s7.scores.csv', 'no stage of this run')
+
+
+def test_a_stage_that_this_run_has_not_is_refused(run, whole):
+    scores = run / 'stages' / 'oracle_s7.scores.csv'
+    shutil.copyfile(run / 'stages' / 'oracle_s0.scores.csv', scores)
+    record = dict(run='another', stage='score_oracle_s7', files={'stages/oracle_s7.scores.csv': file_digest(scores)})
+    (run / 'stages' / 'score_oracle_s7.json').write_text(
+        json.dumps(record | dict(needs={}, digest=data_digest(record)))
+    )
+    refused(run, whole, 'score_oracle_s7.json')
+
+
+@pytest.mark.parametrize(
+    'name, text, words',
+    [
+        ('config.json', '{"settings": [1], "data": "simulated"}', 'holds a run with other settings'),
+        ('stages/original.json', '{"files": [3]}', 'original.json: damaged, files is [3]; delete it'),
+        ('stages/original.json', '{"needs": 3}', 'original.json: damaged, needs is 3; delete it'),
+    ],
+)
+def test_a_record_that_holds_something_else_is_refused(run, whole, name, text, words):
+    (run / name).write_text(text)
+    refused(run, whole, words)
+
+
+@pytest.mark.parametrize('text', ['{}', '{"run": 1, "files": [1], "absent": 2}', '[]'])
+def test_a_seal_that_holds_something_else_is_made_again(run, whole, text, capsys):
+    (run / 'sealed.json').write_text(text)
+    assert main(['report', str(run)]) == 1
+    assert 'sealed.json: damaged' in capsys.readouterr().err
+    start(run, whole)
+    assert main(['report', str(run)]) == 0
+
+
+def test_what_was_edited_in_the_list_of_volumes_is_put_right(run, whole):
+    volumes = pd.read_csv(run / 'volumes.csv', dtype=str, keep_default_na=False)
+    volumes.assign(rows='9', max='1.0').to_csv(run / 'volumes.csv', index=False)
+    start(run, whole)
+    assert tables(run) == tables(whole / 'run')
+
+
+@pytest.mark.parametrize('column', ['organ', 'patient_id', 'acquisition', 'site'])
+def test_what_tables_say_of_a_volume_does_not_change(run, whole, column):
+    volumes = pd.read_csv(run / 'volumes.csv', dtype=str, keep_default_na=False)
+    volumes.loc[0, column] = 'other'
+    volumes.to_csv(run / 'volumes.csv', index=False)
+    refused(run, whole, f'has the {column}', "and had 'other'")
+
+
+def test_a_network_that_comes_out_the_same_is_the_same(run, whole):
+    "Only what is gone is made again, not what rests on it"
+    others = {p: p.stat().st_mtime_ns for p in (run / 'stages').glob('score_*.json')}
+    weights = (run / 'models' / 'original.pt').read_bytes()
+    (run / 'models' / 'original.pt').unlink()
+    start(run, whole)
+    assert (run / 'models' / 'original.pt').read_bytes() == weights
+    assert others == {p: p.stat().st_mtime_ns for p in others}
 
 
 @pytest.mark.parametrize('name', ['stages/oracle_s0.scores.csv', 'stages/oracle_s0.json', 'volumes.csv'])
@@ -225,3 +282,20 @@ def test_a_file_that_was_given_to_another_patient_is_found_out(run, whole, data)
     refused(run, whole, one.name)
     (run / 'volumes.csv').unlink()  # and it cannot be talked out of it
     refused(run, whole, 'changed since this run began')
+
+
+def test_a_file_that_stopped_a_run_can_be_left_out(tmp_path, data, capsys):
+    "Nothing was made of the data yet, so the run begins anew without it; once something was, it does not"
+    bad = two_of(data, 'multicoil_train')[-1]
+    with h5py.File(bad, 'a') as f:
+        f['kspace'][0] = float('nan')  # not the slice in the middle, which is looked at
+    with pytest.raises(Exception, match=f'{bad.name}.*not finite|{bad.name}.*NaN'):
+        run_protocol('tiny', tmp_path / 'run', data, **FEW)
+    assert not list((tmp_path / 'run' / 'stages').iterdir())
+    bad.unlink()
+    with pytest.warns(UserWarning, match='begins anew'):
+        run_protocol('tiny', tmp_path / 'run', data, **FEW)
+    assert bad.name not in pd.read_csv(tmp_path / 'run' / 'volumes.csv').fname.tolist()
+    two_of(data, 'multicoil_train')[0].unlink()
+    with pytest.raises(DataError, match='is gone'):
+        run_protocol('tiny', tmp_path / 'run', data, **FEW)

@@ -20,6 +20,7 @@ from mri_unlearn.command.options import (
     file_name,
     read_method_settings,
     say,
+    some_text,
     table_text,
 )
 from .outputs import must_be_folder
@@ -75,15 +76,18 @@ def study(
     say((out / 'requests.md').read_text(encoding='utf-8'))
     say(f'Reports: {out / "index.html"}')
 
-
+# %% ../../nbs/93_command.experiment.ipynb #ff313b03
 def protocol(
     args,  # parsed options
 ):
     "the whole experiment, resumable: simulate, train, unlearn, compare with the Oracle, report"
     from mri_unlearn.experiment.dryrun import describe, dry_run
     from mri_unlearn.experiment.protocol import run_protocol
-    from mri_unlearn.machinery.disk import read_json
+    from mri_unlearn.machinery.disk import DataError, read_json
 
+    given = [name for name in ('strict', 'organ', 'unchecked') if getattr(args, name)]
+    if given and not args.data:
+        raise DataError(f'--{given[0]} goes with --data DIR; simulated data need none')
     settings = protocol_settings(args) | dict(strict=args.strict, organ=args.organ, jobs=args.jobs)
     settings['unchecked'] = args.unchecked
     if args.requests:
@@ -143,7 +147,8 @@ def add_protocol(
         'only say what is matched and would be done, and estimate time, memory and, with a trained Original, the level'
     )
     p.add_argument('--dry-run', action='store_true', help=only)
-    p.add_argument('--forget', metavar='QUERY', help=f"what is to be forgotten, {QUERY}; default: organ == 'knee'")
+    what = f"what is to be forgotten, {QUERY}; default: organ == 'knee'"
+    p.add_argument('--forget', type=some_text, metavar='QUERY', help=what)
     p.add_argument('--reason', help='why, for the report')
     add_mixed(p)
     several = 'run every request of a file: one query a line, `| reason` behind it; `#` begins a comment'

@@ -199,7 +199,8 @@ def _tree(paths):
 def _found(element, tree, out):
     "The first element of each field below `element`, into the dict `out`."
     for child in element:
-        at = tree.get(_local(child))
+        tag = child.tag
+        at = tree.get(tag[tag.rfind('}') + 1 :])  # without its namespace
         if type(at) is dict:
             _found(child, at, out)
         elif at is not None:

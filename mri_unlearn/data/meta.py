@@ -8,6 +8,7 @@ __all__ = ['HEADER_FIELDS', 'ATTRIBUTES', 'LEAST_STORED', 'NO', 'NOBODY', 'LONGE
            'organ_words', 'organ_of', 'image_size_of', 'check_axes', 'number', 'padding_of', 'sequence_of']
 
 # %% ../../nbs/20_data.meta.ipynb #970f91b3
+import math
 import re
 import unicodedata
 from typing import NamedTuple
@@ -70,7 +71,7 @@ def _xml(f, path):
     "The text of the header, or its bytes."
     ds, shape = _dataset(f, path, 'ismrmrd_header', (0, 1, 2))
     stored = ds.get_type()
-    text, size = _is_text(stored), int(np.prod(shape, dtype=object)) * stored.get_size()
+    text, size = _is_text(stored), math.prod(shape) * stored.get_size()
     if size > LARGEST_HEADER:
         raise DataError(f'{path}: its ismrmrd_header has {size} bytes. Expected XML of at most {LARGEST_HEADER}.')
     xml = np.empty(shape, _TEXT if text else ds.dtype)
@@ -110,9 +111,9 @@ ATTRIBUTES = 'acquisition', 'patient_id', 'max', 'padding_left', 'padding_right'
 LEAST_STORED = 1 / 1100  # of what an array holds; no compression of HDF5 makes less of it
 
 
-def _weighed(f, ds, shape, path):
+def _weighed(f, shape, path):
     "Raise `DataError` for k-space that the file cannot hold: sizes are not believed before they are weighed."
-    claimed, there = int(np.prod(shape, dtype=object)) * ds.get_type().get_size(), f.get_filesize()
+    claimed, there = 8 * math.prod(shape), f.get_filesize()
     if claimed * LEAST_STORED > there:
         raise DataError(
             f'{path}: claims {claimed / 1e9:.3g} GB of k-space, shape {shape}, in a file of {there / 1e6:.3g} MB: '
@@ -135,8 +136,8 @@ def read_meta(
 ) -> FileMeta:  # its header has only what an index asks for
     "Shapes, header and attributes; no pixel is read. DataError: no usable k-space, mask or header."
     with _open(path) as f:
-        ds, shape = _kspace(f, path)
-        _weighed(f, ds, shape, path)
+        shape = _kspace(f, path)[1]
+        _weighed(f, shape, path)
         header = header_from_xml(_xml(f, path), path, shape[-2:], HEADER_FIELDS)
         attrs = {k: v for k in ATTRIBUTES if (v := _attr(f, k)) is not None}
         return FileMeta(
@@ -151,6 +152,7 @@ def read_meta(
 # %% ../../nbs/20_data.meta.ipynb #29a6acc9
 NOBODY = {'nan', 'none', 'null', 'nil', 'unknown', 'undefined', 'anonymous', 'anonymized', 'anonymised', 'anon', 'n a'}
 NOBODY |= {'<na>', 'anonymous patient', 'deidentified', 'de identified', 'removed', 'redacted', 'not available', 'inf'}
+_WORDS = re.compile(r'[^\W_]+')
 LONGEST_NAME = 1000  # characters
 
 
@@ -169,10 +171,13 @@ def said(
     text = str(value).strip()
     if len(text) > LONGEST_NAME:
         raise DataError(f'has {len(text)} characters; expected at most {LONGEST_NAME}')
-    words = ' '.join(re.findall(r'[^\W_]+', text.lower()))
+    if text.isalnum():  # mostly
+        words = text.lower()
+        return '' if words in NOBODY or words.count('x') == len(words) > 2 else text
+    words = ' '.join(_WORDS.findall(text.lower()))
     return '' if words in NOBODY or re.fullmatch('(xxx+)?', words) or text.lower() in NOBODY else text
 
-
+# %% ../../nbs/20_data.meta.ipynb #9cd93d22
 def whose_scan(
     meta: FileMeta,  # of a file
     path,  # the file, for the message
@@ -290,17 +295,16 @@ def check_axes(
     "Raise `DataError` where the axes of the k-space are others than [slices, coils, H, W] or [slices, H, W]"
     size, shape = tuple(meta.header.encoded[:2]), meta.kspace
     pairs = [shape[i : i + 2] for i in range(len(shape) - 1)]
-    # one of the two may differ: columns are cut off or filled in, the oversampling of the readout is removed
-    fits = size[0] in (shape[-2], 2 * shape[-2]) or size[1] == shape[-1]
-    near = all(2 * there >= said and 2 * said >= there for there, said in zip(shape[-2:], size))
-    moved = size in pairs or pairs[-1] == size[::-1]
-    if pairs[-1] != size and (not fits or not near or moved):
+    # columns may be cut off or filled in, and rows: only where the header's numbers stand elsewhere, axes were moved
+    apart = any(said != there and said in shape[:-2] for said, there in zip(size, shape[-2:]))
+    elsewhere = size in pairs or pairs[-1] == size[::-1] or apart
+    if min(size) > 0 and pairs[-1] != size and elsewhere:
         raise DataError(
             f'{path}: its header says k-space of {size[0]} × {size[1]} samples, its array of shape {shape} ends in '
             f'{shape[-2]} × {shape[-1]}. Expected [slices, coils, H, W]: move its axes, or correct the header.'
         )
-    coils = meta.header.coils
-    if len(shape) == 4 and coils > 1 and shape[0] == coils != shape[1] and shape[1] != 1:
+    coils, slices = meta.header.coils, meta.header.slice_maximum + 1
+    if len(shape) == 4 and shape[0] == coils != shape[1] and coils > 1 and (shape[1] > coils or shape[1] == slices > 1):
         raise DataError(
             f'{path}: its header says {coils} coils, its array of shape {shape} has {shape[1]} of them and {coils} '
             'slices. Expected [slices, coils, H, W]: move its axes, or correct the header.'

@@ -7,6 +7,7 @@ __all__ = ['picture_volumes', 'example_images', 'verdict_figure', 'start_run', '
 
 # %% ../../nbs/81_experiment.protocol.ipynb #84b1cbd5
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ from .arms import run_stages
 from .extras import PlantedArm, all_arms
 from .networks import run_network, scoring_loader, unlearning_plan
 from mri_unlearn.experiment.runs import (
+    DataChanged,
     Run,
     check_volumes,
     load_splits,
@@ -30,7 +32,7 @@ from ..machinery.workers import processes
 from ..show.figures import save_figure, show_reconstructions
 from ..show.page import write_figures, write_report
 from ..show.plots import plot_verdicts
-from ..show.sealed import seal
+from ..show.sealed import seal, seal_pages
 from ..verdict.evaluate import reconstruct_volumes
 from ..verdict.names import NetworkName, forget_side, side_names
 
@@ -96,6 +98,13 @@ def verdict_figure(
     save_figure(plot_verdicts(shown, names=names), run.out / 'figures' / 'verdicts.png')
 
 # %% ../../nbs/81_experiment.protocol.ipynb #d3daa3ba
+def _write_down(run, preset, settings, data, stamped):
+    "Write config.json and volumes.csv, or find the same there"
+    check_volumes(run, stamped)  # it knows which file has changed, config.json knows that one has
+    write_config(run.out, preset, settings, data, stamped)
+    record_volumes(run, stamped)
+
+
 def start_run(
     out,  # str or Path: folder of the run
     preset: str,  # name of the preset
@@ -110,9 +119,16 @@ def start_run(
     if splits is None:
         splits = load_splits(Path(out), settings, data, show, **(index if data else {}))
     run, stamped = Run(out), with_content(splits)
-    check_volumes(run, stamped)  # it knows which file has changed, config.json knows that one has
-    write_config(out, preset, settings, data, stamped)
-    record_volumes(run, stamped)
+    try:
+        _write_down(run, preset, settings, data, stamped)
+    except DataChanged as e:
+        if visible(run.out, '**/stages/*'):
+            raise
+        # a file that stopped the run before anything was made was mended or left out
+        warnings.warn(f'{e}. Nothing was made of them yet: the run begins anew', stacklevel=2)
+        for name in ('volumes.csv', 'config.json'):
+            (run.out / name).unlink(missing_ok=True)
+        _write_down(run, preset, settings, data, stamped)
     return run, splits
 
 # %% ../../nbs/81_experiment.protocol.ipynb #7af15a0c
@@ -143,6 +159,7 @@ def write_results(
     _seal(run, tables)
     write_figures(run.out, settings.unlearning.fraction)
     write_report(run.out)
+    seal_pages(run.out)
     return tables
 
 # %% ../../nbs/81_experiment.protocol.ipynb #f4cdec20

@@ -28,7 +28,12 @@ _REDO = 'put it back, or delete it: then the run makes it again'
 
 @lru_cache(10_000)
 def _read_state(path, _):
-    return read_json(path, '; delete it: then the run does this stage again')
+    advice = '; delete it: then the run does this stage again'
+    found = read_json(path, advice)
+    for name, kind in dict(files=dict, needs=dict, digest=str).items():
+        if not isinstance(found.get(name, kind()), kind):
+            raise DataError(f'{path}: damaged, {name} is {found[name]!r:.40}{advice}')
+    return found
 
 
 def _read(path):
@@ -131,9 +136,9 @@ class Run(_Records):
         said = {name: value for name, value in found.items() if name != 'digest'}
         if data_digest(said) != found['digest']:
             raise DataError(f'{path}: was edited; {_REDO}')
-        if (found['run'], found['stage']) != (self.identity, stage):
+        if (found.get('run'), found.get('stage')) != (self.identity, stage):
             raise DataError(f'{path}: belongs to another run or stage; {_REDO}')
-        for name, digest in found['files'].items():
+        for name, digest in found.get('files', {}).items():
             if file_digest(self.out / name) != digest:
                 raise DataError(
                     f'{self.out / name}: is not what this run has written there (edited, cut short, or of another '
@@ -145,8 +150,9 @@ class Run(_Records):
         paths = visible(self.out / 'stages', f'*.{kind}.csv')
         if self.identity:
             records = visible(self.out / 'stages', '*.json')
-            left = {self.out / name for record in records for name in _read(record).get('files', ())}
+            left = {self.out / name: record.stem for record in records for name in _read(record).get('files', ())}
             for path in paths:
                 if path not in left:
                     raise DataError(f'{path}: no stage of this run has left this table; move it out of the folder')
+                self.check(left[path])  # a record that was copied here with its table is a stranger, too
         return [read_csv(path) for path in paths]

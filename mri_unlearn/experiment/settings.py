@@ -239,6 +239,16 @@ def _check_kinds(given):
             raise DataError(str(e)) from e
 
 
+def _check_lists(settings):
+    "Nothing is named twice: it would be done and counted twice"
+    for name in ('methods', 'study', 'study_fractions', 'hallucination'):
+        group, key = PLACES[name]
+        values = getattr(getattr(settings, group), key)
+        twice = [value for value in values if list(values).count(value) > 1]
+        if twice:
+            raise DataError(f'{name} holds {twice[0]!r} twice; expected each once')
+
+
 def _check_methods(settings):
     "Every method exists and takes its settings"
     for name in (*settings.unlearning.methods, *settings.study.methods, *settings.extras.hallucination):
@@ -297,6 +307,7 @@ def prepare(
     steps = dict(budget=None) if 'steps' in given else {}  # who names the steps means them
     _check_kinds(given)
     settings = Settings().replace(**EXPERIMENTS[preset] | network | steps | given)
+    _check_lists(settings)
     _check_methods(settings)
     check_memory(settings.network)
     return settings

@@ -33,7 +33,7 @@ from .runs import Run, load_volumes, write_timing
 from .settings import prepare
 from ..machinery.disk import DataError, claim
 from ..machinery.workers import Progress, processes
-from ..show.sealed import check_sealed
+from ..show.sealed import check_sealed, has_own_pages
 from ..verdict.names import NetworkName
 
 # %% ../../nbs/86_experiment.study.ipynb #77538341
@@ -103,7 +103,7 @@ def _has_report(run):
         check_sealed(run.out, run.config)
     except DataError:
         return False
-    return (run.out / 'report.html').is_file()
+    return has_own_pages(run.out)
 
 
 def _finish(begun, known, at_once, devices, progress):

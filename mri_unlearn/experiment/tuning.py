@@ -240,6 +240,23 @@ def _check_scores(out):
                 'folder, or remove the files score_* and trial_* beside it: the networks are kept'
             )
 
+# %% ../../nbs/83_experiment.tuning.ipynb #d2a45375
+def _check_trials(arm):
+    "Complain if the folder has a trial with other settings than it would have now"
+    for method, own in arm.trials.items():
+        for i, settings in enumerate(own):
+            name, wanted = f'trial_{method}_{i}', json.loads(json.dumps(settings))
+            if not arm.run.done(name):
+                continue
+            tried = json.loads(arm.run.read(name)['settings'])
+            if _wants_shadow(method) and 'shadow_level' not in wanted:
+                tried.pop('shadow_level', None)  # was found out
+            if tried != wanted:
+                raise DataError(
+                    f'{arm.run.record(name)}: this trial was made with {tried}, asked for is {wanted}; '
+                    'choose another folder'
+                )
+
 # %% ../../nbs/83_experiment.tuning.ipynb #f9109e83
 def tune(
     out,  # folder; holds the development data and networks, trials.csv and tuned.json
@@ -258,6 +275,7 @@ def tune(
     _check_scores(out)
     run, splits = start_run(out, preset, chosen, show=show)
     arm = Rehearsal(out, chosen, splits, trials)
+    _check_trials(arm)
     ahead = run_stages(arm.stages(), at_once, show, devices, threads=run.threads)
     if ahead or not (out / 'timing.json').exists():
         write_timing(run, time.perf_counter() - start)

@@ -315,7 +315,8 @@ def _condition(reader, node):
         if column[2] in ('bool', 'nothing'):
             return column[1] if column[2] == 'bool' else column[1].notna()
         why = f'{column[0]} is no condition: the column holds {_KINDS[column[2]]}. Compare it'
-        raise reader.refuse(f'{why}, such as {column[0]} == {column[1].dropna().iloc[0]!r}'[:300])
+        value = column[1].dropna().iloc[0]
+        raise reader.refuse(f'{why}, such as {column[0]} == {getattr(value, "item", lambda: value)()!r}'[:300])
     _literal(reader, node)
     raise reader.refuse(f'is no condition: it does not say yes or no for each row. {_EXAMPLE}')
 

@@ -78,7 +78,12 @@ def _refuse_other_archives(path):
             raise DataError(f'{path}: a tar archive; unpack it and give the file of weights that it holds')
         return
     with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
+        _check_archive(archive, path)
+
+
+def _check_archive(archive, path):
+    "Raise `DataError` for a zip archive that torch.save has not written, or whose bytes are not those it has written"
+    records = archive.infolist()
     if any(r.filename.endswith('constants.pkl') for r in records):
         raise DataError(
             f'{path}: a TorchScript program, not weights; save the state_dict() of the network with torch.save'
@@ -87,8 +92,12 @@ def _refuse_other_archives(path):
         'data.pkl' in r.filename for r in records
     ):
         raise DataError(f'{path}: a zip archive that torch.save has not written; unpack it, or save the weights again')
+    summed = any(r.CRC for r in records)  # torch can be told to leave all of them 0
+    bad = archive.testzip() if summed else None  # torch.load does not compare
+    if bad:
+        raise DataError(f'{path}: damaged, the checksum of {bad} is not that of its bytes; copy or download it again')
 
-
+# %% ../../nbs/37_network.checkpoint.ipynb #6f9af9d0
 def _unpickled(path):
     "What torch.save has written, with stand-ins for what is neither plain data nor a tensor"
     _refuse_other_archives(path)
@@ -195,8 +204,9 @@ def check_weight(
 ):
     "Raise `DataError` for tensors that are not plain numbers, claim more than they hold, or do not fit into memory"
     for name, t in tensors.items():
-        if t.layout != torch.strided or not t.is_floating_point():
-            raise DataError(f'{path}: {name} holds {t.dtype} ({t.layout}); expected plain floating-point weights')
+        if t.layout != torch.strided or not t.is_floating_point() or t.is_meta:
+            found = 'no numbers, only a shape' if t.is_meta else f'{t.dtype} ({t.layout})'
+            raise DataError(f'{path}: {name} holds {found}; expected plain floating-point weights')
         claimed, held = t.numel() * t.element_size(), t.untyped_storage().nbytes()
         if claimed > held:
             raise DataError(f'{path}: {name} claims {claimed:,} bytes, the file has {held:,} of it; save its clone()')

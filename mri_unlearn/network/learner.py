@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from copy import copy
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelValidException
@@ -244,12 +245,20 @@ def recon_learner(
     return learn.add_cb(StayFinite())
 
 # %% ../../nbs/40_network.learner.ipynb #97f1e521
+_STATE = {'epoch', 'model', 'losses', 'state', 'hypers', 'work'}  # what the file of a state holds
+
+
 def _read_state(path):
     "What `_write_state` wrote"
     try:
+        with ZipFile(path) as archive:
+            broken = archive.testzip()  # torch does not look at the check sums
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise DataError(f'{path}: damaged ({type(e).__name__}); delete it to train from the beginning') from e
+    if broken or not (isinstance(state, dict) and _STATE <= set(state)):
+        what = 'its check sum is wrong' if broken else 'it is no state of a training'
+        raise DataError(f'{path}: damaged, {what}; delete it to train from the beginning')
     if not all(torch.isfinite(v).all() for v in state['model'].values()):
         raise DataError(f'{path}: the weights of this state are not finite; delete it to train from the beginning')
     return state

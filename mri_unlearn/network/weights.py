@@ -70,8 +70,9 @@ def save_weights(
             f'{path}: not written, for {len(bad)} weights of the network hold values that are not finite ({bad[0]} is '
             'the first): the training diverged; try a lower learning rate'
         )
-    with atomic_path(path) as tmp:
-        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, tmp)
+    # an open file: torch writes the name of a path into the file, and this one is another each time
+    with atomic_path(path) as tmp, open(tmp, 'wb') as file:
+        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, file)
 
 # %% ../../nbs/38_network.weights.ipynb #8c3039e6
 def _unet_args(state, prefix=''):

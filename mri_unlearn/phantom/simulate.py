@@ -243,6 +243,27 @@ def lesion_groups(
     middle = {o: np.median([n for (organ, _), n in counts.items() if organ == o]) for o in {o for o, _ in counts}}
     return {s.fname: 'many' if counts[s.organ, s.number] > middle[s.organ] else 'few' for s in studies}
 
+# %% ../../nbs/23_phantom.simulate.ipynb #50c0f7de
+def _check_made(root, studies, settings, index):
+    "Raise `DataError` if a folder holds a file that was not simulated there, or lacks one that was"
+    found = {Path(row.path): row for row in index.itertuples()}
+    why = dict(index.attrs.get('skipped', []))
+    for study in studies:
+        path = root / study.folder / study.fname
+        if path not in found:
+            reason = why.get(str(path), f'{path}: is not found again')
+            raise DataError(f'{reason} It was to be simulated: delete it and start again, then it is made anew.')
+        row = found.pop(path)
+        wanted = study.patient_id, study.acquisition, settings['slices'], *settings['recon']
+        there = row.patient_id, row.acquisition, row.slices, row.recon_rows, row.recon_cols
+        if there != wanted:
+            raise DataError(
+                f'{path}: expected {wanted} (patient, acquisition, slices, rows, columns), found {there}; '
+                'delete it and start again, then it is made anew'
+            )
+    for path in found:
+        raise DataError(f'{path}: was not simulated with the others; move it out of {root}')
+
 # %% ../../nbs/23_phantom.simulate.ipynb #84e8a0c6
 def simulate_dataset(
     root,  # folder for the files; made if missing, continued if begun with the same settings
@@ -278,4 +299,5 @@ def simulate_dataset(
     ):
         pool.run(by_patient)
     index = index_volumes(root, cache=False)
+    _check_made(root, studies, settings, index)
     return index.assign(lesions=index.fname.map(lesion_groups(settings)))

@@ -76,6 +76,9 @@ def read_config(
         config['request'] = request = {'query': request}
     if not isinstance(request, dict) or not request.get('query'):
         raise DataError(f"{path} holds no forget request: expected {{'request': {{'query': ..., 'reason': ...}}}}.")
+    settings = config.get('settings') or {}
+    if not (isinstance(settings, dict) and isinstance(settings.get('fraction', 0.1), (int, float))):
+        raise DataError(f'{path}: damaged, expected settings with a number as fraction. Put back what stood there.')
     check_config(config, path)
     return config
 
