@@ -35,11 +35,13 @@ TRAIN = ['train', '--chans', 4, '--pools', 2, '--epochs', 1, '--batch-size', 4]
 def test_training_stops_at_a_hole_and_keeps_the_old_file(scans, tmp_path):
     hole(training_file(scans))
     old = tmp_path / 'old.pt'
-    old.write_bytes(b'what was there')
+    save_weights(new_unet(0, chans=4, num_pool_layers=2), old)
+    before = old.read_bytes()
+    fails('its k-space holds numbers that are not finite', *TRAIN, '--data', scans, '--out', old)  # a look beforehand
     for out in (old, tmp_path / 'new.pt'):
-        p = fails('its k-space holds 1 values that are NaN', *TRAIN, '--data', scans, '--out', out)
+        p = fails('its k-space holds 1 values that are NaN', *TRAIN, '--unchecked', '--data', scans, '--out', out)
         assert f'{training_file(scans).name}: slice 1: ' in p.stderr and 'epoch 1, step' in p.stderr
-    assert old.read_bytes() == b'what was there'
+    assert old.read_bytes() == before
     assert not (tmp_path / 'new.pt').exists()
 
 

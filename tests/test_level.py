@@ -81,7 +81,7 @@ def test_a_dry_run_says_four_things(ahead):
     assert starting(ahead, 'kind of request').endswith('memory')
     source = 'estimated by mirrored scans, proxies and held-out scans'
     assert starting(ahead, 'level to end at: nothing: ').endswith(source)
-    assert starting(ahead, 'work: about ').endswith('retained volumes at hand: 7')
+    assert starting(ahead, 'work: about ').endswith('retained volumes at hand: 6')
     assert ahead[-1] == 'nothing to forget: the network would stay as it is'
 
 

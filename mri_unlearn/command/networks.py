@@ -300,8 +300,7 @@ def add_sizes(
     p.add_argument('--cascades', type=COUNT, help=f'of a VarNet; default: {CASCADES}')
     p.add_argument('--chans', type=COUNT, default=16, help='channels of the first level')
     p.add_argument('--pools', type=DEPTH, default=4, help='depth of the U-Net, or of those in a VarNet')
-    sens = f"channels of a VarNet's sensitivity network; default: {SENS_CHANS}"
-    p.add_argument('--sens-chans', type=COUNT, help=sens)
+    p.add_argument('--sens-chans', type=COUNT, help=f'of what a VarNet finds coils by; default: {SENS_CHANS}')
 
 # %% ../../nbs/92_command.networks.ipynb #9ef216fd
 def add_train(

@@ -7,7 +7,9 @@ __all__ = ['LATER', 'planned_index', 'Stopwatch', 'timed_steps', 'slice_costs', 
            'AtTheLevel', 'ends_at_level', 'said_level', 'dry_run', 'duration', 'describe']
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #cce4239f
+import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -35,21 +37,32 @@ from ..unlearn.catalog import METHODS
 from ..unlearn.proxy import Aim
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #96229e1d
+def _also_at(path, file):
+    "The same file at a second place"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, path)
+    except OSError:  # not every disk can
+        shutil.copyfile(file, path)
+
+
 def planned_index(
     preset: str,  # of `simulate_dataset`
-    folder,  # str or Path: for one small file of each organ
+    folder,  # str or Path: for one small file of each organ, which stands for all volumes of that organ
     seed: int = 0,  # of the data set
-) -> pd.DataFrame:  # one row a volume; their paths are those of the small files
+) -> pd.DataFrame:  # one row a volume; their paths are as different as they will be: division and sharing rest on them
     "The index that a simulated data set will have, without simulating it"
     wanted, rows, sample = DATA_SETS[preset], [], {}
     for study in plan_studies(wanted['patients']):
+        path = Path(folder) / study.folder / study.fname
         if study.organ not in sample:
-            path, person = Path(folder) / study.folder / study.fname, subject(study.organ, seed)
             size = dict(recon=wanted['recon'], slices=1, coils=wanted['coils'])
-            path = simulate_volume(path, study, person, seed, **size)
+            simulate_volume(path, study, subject(study.organ, seed), seed, **size)
             sample[study.organ] = index_volumes(path, cache=False).iloc[0]
+        else:
+            _also_at(path, sample[study.organ].path)
         own = {k: getattr(study, k) for k in ('fname', 'folder', 'acquisition', 'patient_id', 'site')}
-        rows.append({**sample[study.organ], **own, 'slices': wanted['slices']})
+        rows.append({**sample[study.organ], **own, 'path': str(path), 'slices': wanted['slices']})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #c11a037a

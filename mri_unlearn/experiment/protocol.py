@@ -6,6 +6,7 @@
 __all__ = ['picture_volumes', 'example_images', 'verdict_figure', 'start_run', 'write_results', 'run_protocol']
 
 # %% ../../nbs/81_experiment.protocol.ipynb #84b1cbd5
+import os
 import time
 import warnings
 from pathlib import Path
@@ -27,7 +28,7 @@ from mri_unlearn.experiment.runs import (
 )
 from .settings import Settings, prepare
 from .tables import collect
-from ..machinery.disk import read_csv, visible
+from ..machinery.disk import DataError, read_csv, visible
 from ..machinery.workers import processes
 from ..show.figures import save_figure, show_reconstructions
 from ..show.page import write_figures, write_report
@@ -115,6 +116,8 @@ def start_run(
     **index,  # of `load_volumes`: unchecked, strict, organ
 ) -> tuple:  # (Run, splits)
     "The folder of a run and its data, simulated if need be; raises `DataError` before anything is written"
+    if os.path.lexists(Path(out) / 'study.json'):
+        raise DataError(f'{out}: holds the runs of several requests; choose another folder with --out')
     write_config(out, preset, settings, data)  # complain before anything is written
     if splits is None:
         splits = load_splits(Path(out), settings, data, show, **(index if data else {}))

@@ -29,6 +29,7 @@ class DataError(ValueError):
 
 # %% ../../nbs/06_machinery.disk.ipynb #b0982239
 _SHORT = 'start new thread|not enough memory|allocate memory|out of memory|resource temporarily unavailable'
+_SHORT += '|could not create a primitive|bad_alloc|bad allocation'  # as oneDNN and the C++ library say it
 
 
 def ran_short(
@@ -107,6 +108,8 @@ def atomic_path(
         os.replace(tmp, _final_place(place))
     except (OSError, RuntimeError) as e:
         reason = os.strerror(e.errno) if getattr(e, 'errno', None) else str(e).split('\n')[0]
+        if 'unexpected pos' in reason:  # torch, of a full disk
+            reason = 'it could not be written to its end'
         raise DataError(
             f'could not write {path}: {reason}. Free some disk space or choose another folder, then start '
             'again; an earlier file of that name is untouched.'

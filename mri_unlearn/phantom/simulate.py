@@ -251,7 +251,7 @@ def _check_made(root, studies, settings, index):
     for study in studies:
         path = root / study.folder / study.fname
         if path not in found:
-            reason = why.get(str(path), f'{path}: is not found again')
+            reason = why.get(str(path), f'{path}: is not found again.')
             raise DataError(f'{reason} It was to be simulated: delete it and start again, then it is made anew.')
         row = found.pop(path)
         wanted = study.patient_id, study.acquisition, settings['slices'], *settings['recon']

@@ -292,7 +292,8 @@ def _memory(learn, seen, organs, now, less, looks):
             'remembers cannot be seen: it was trained on mirrored scans, or remembers none'
         )
     drop, error = pooled(measured)
-    if not less[2] and _is_nothing(drop, error, freedom, usual):
+    proven = sees and shown[0] > float(stats.t.ppf(0.95, freedom)) * shown[1]  # whatever the proxies say
+    if not less[2] and not proven and _is_nothing(drop, error, freedom, usual):
         half = float(stats.t.ppf(0.95, freedom)) * error
         return Level('nothing', now, now, now - half, now + half, source, warning)
     return _below(now, *pooled(measured, usual), less, source, warning)
