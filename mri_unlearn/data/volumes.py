@@ -191,6 +191,16 @@ def _cache_file(root):
     return cache_folder() / f'index-{name}.json'
 
 
+_TEXTS = set('fname organ acquisition patient_id site source body_part'.split())
+_YES_OR_NO = {'has_target', 'simulated', 'has_mask'}
+_KINDS = [str if c in _TEXTS else bool if c in _YES_OR_NO else (int, float) for c in COLUMNS[2:]]
+
+
+def _is_row(stamp, row):
+    "Does what was kept of a file have the form of a row? Whoever can write the cache can seal anything."
+    return len(stamp) == 3 and len(row) == len(_KINDS) and all(map(isinstance, row, _KINDS))
+
+
 def _load_rows(root):
     "The kept rows {path below `root`: [stamp, values]}; none where the cache is missing, damaged or of other code."
     try:
@@ -201,7 +211,7 @@ def _load_rows(root):
         if time.time() - file.stat().st_mtime > 86_400:
             os.utime(file)  # still in use
         rows = json.loads(body)
-        return rows if all(len(stamp) == 3 and len(row) == len(COLUMNS) - 2 for stamp, row in rows.values()) else {}
+        return rows if all(_is_row(stamp, row) for stamp, row in rows.values()) else {}
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError):
         return {}
 
