@@ -61,7 +61,7 @@ def test_a_wrapped_network_ends_with_the_same_weights(loaders, kind, wrap, name,
 
 ORDER = """
 TrainEvalCallback OneStep SkipValidation Aim Mirror CastToTensor GradientClip Movable Teacher Teacher Twin KeepImages
-ProxyMatch KeepImages MemoryMatch Recorder LossTerms OneCycle OneCycle SpareRetained Settle Settle
+ProxyMatch KeepImages MemoryMatch Recorder LossTerms StayFinite OneCycle OneCycle SpareRetained Settle Settle
 """.split()  # of both mechanisms
 
 
