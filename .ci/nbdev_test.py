@@ -6,6 +6,9 @@ Compared is text: what cells print, and the text of tables that they show; pictu
 paths, addresses and versions are masked, for they differ from machine to machine. Numbers with a decimal point may
 differ by a twentieth, for training carries the rounding of a processor into the digits; all else must be the same.
 Each notebook has a process of its own: what one registers, the next one does not see.
+
+A tutorial that takes minutes sets its sizes twice: for a short form, and in a cell with `#| slow`, which nbdev_test
+leaves out, for the form that is kept. What follows such a cell is run and not compared.
 """
 
 import multiprocessing
@@ -102,6 +105,8 @@ def test_nb(fn, **kwargs):
         return passed, seconds
     skipped = re.compile(r'^#\|\s*(eval:\s*false|export)', re.M)
     for cell, kept in run_and_keep.last.before:
+        if 'slow' in (getattr(cell, 'directives_', None) or {}):
+            break  # the rest of the notebook is kept as it came out of the long form, and ran in the short one
         if skipped.search(cell.source) or 'nbdev_export(' in cell.source:
             continue
         found = difference(kept, text_of(cell))

@@ -10,6 +10,7 @@ from .signal.kspace import *
 from .signal.masks import *
 
 # %% ../nbs/99_all.ipynb #1d225205
+from .machinery.pictures import *
 from .machinery.ranges import *
 from .machinery.text import *
 from .machinery.disk import *

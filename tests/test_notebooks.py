@@ -9,7 +9,6 @@ import sys
 
 import nbformat
 import pytest
-import yaml
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -315,11 +314,15 @@ def test_a_notebook_that_prints_something_else_fails(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_sidebar_has_every_chapter_once_and_reference_apart():
-    sections = yaml.safe_load((ROOT / 'nbs' / 'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar'][
-        'contents'
-    ]
-    listed = {s['section']: s['contents'] for s in sections[1:]}
-    assert sorted([sections[0], *sum(listed.values(), [])]) == sorted(str(p.relative_to('nbs')) for p in NBS)
-    says_so = {p.name for p in CHAPTERS if any(c.source.startswith('*Reference') for c in read(p).cells[:4])}
-    assert set(listed['Reference']) == says_so
+def test_after_a_slow_cell_nothing_is_compared(tmp_path):
+    sizes, slow = new_code_cell('rounds = 1'), new_code_cell('#| slow\nrounds = 9')
+    show = new_code_cell('print(rounds)', outputs=[new_output('stream', text='9\n')])
+    (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
+    (tmp_path / 'nbs').mkdir()
+    script, path = ROOT / '.ci' / 'nbdev_test.py', tmp_path / 'nbs' / 'a.ipynb'
+    for cells, passes in (([sizes, slow, show], True), ([sizes, show], False), ([sizes, show, slow], False)):
+        nb = new_notebook(cells=cells)
+        nb.metadata['kernelspec'] = {'name': 'python3', 'language': 'python', 'display_name': 'python3'}
+        nbformat.write(nb, path)
+        done = subprocess.run([sys.executable, script, '--path', path], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode == 0) == passes, done.stderr

@@ -30,7 +30,8 @@ from .settings import Settings, prepare
 from .tables import collect
 from ..machinery.disk import DataError, read_csv, visible
 from ..machinery.workers import processes
-from ..show.figures import save_figure, show_reconstructions
+from ..machinery.pictures import show_reconstructions
+from ..show.figures import save_figure
 from ..show.page import write_figures, write_report
 from ..show.plots import plot_verdicts
 from ..show.sealed import seal, seal_pages

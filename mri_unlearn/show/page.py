@@ -17,7 +17,8 @@ from markupsafe import Markup
 
 from ..machinery.disk import atomic_path
 from . import checks as _checks_of_runs
-from .figures import CSS_DPI, DPI, save_figure
+from ..machinery.pictures import CSS_DPI, DPI
+from .figures import save_figure
 from .plots import plot_gap_plane, plot_knowledge_matrix, plot_retain_fraction, plot_trace
 from mri_unlearn.show.reading import (
     has_oracle,

@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from .figures import COLOURS, _panel, method_looks, new_axes, place_labels
+from ..machinery.pictures import COLOURS, _panel, method_looks, new_axes
+from .figures import place_labels
 from .reading import judged_scans, one_per_method, oracle_band, tested, with_gaps
 from ..verdict.names import KINDS, NetworkName, labels
 
