@@ -29,11 +29,12 @@ def show_sheet(
     images = [np.asarray(image, float) for image in images]
     cols, tall = min(cols, len(images)), max(image.shape[0] / image.shape[1] for image in images)
     lines = max(str(title).count('\n') + 1 for title in titles) if titles else 0
-    fig, axs = new_axes(-(-len(images) // cols), cols, (size, size * tall + 0.17 * lines))
+    fig, axs = new_axes(-(-len(images) // cols), cols, (size, size * tall + 0.25 * lines + 0.05))
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     fig.colours = colours
     for ax in axs.flat:
-        ax.axis('off')
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
     for i, (ax, image) in enumerate(zip(axs.flat, images)):
         look = dict(cmap='gray', interpolation='nearest', vmax=np.percentile(image, top))
         ax.imshow(image, **(look | kwargs))
