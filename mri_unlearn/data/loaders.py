@@ -156,7 +156,7 @@ def recon_dls(
     validation = SliceDataset(valid, valid_mask or mask, input=input)
     return DataLoaders(ReconDL(training, shuffle=True, seed=seed, **both), ReconDL(validation, **both), device=device)
 
-# %% ../../nbs/32_data.loaders.ipynb #ade16036
+# %% ../../nbs/32_data.loaders.ipynb #d1adc171
 @delegates(recon_dls, but='train,valid')
 def request_dls(
     request: ForgetRequest,  # which volumes are to be forgotten

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['check_level', 'forget_losses', 'forget_level', 'ForgetHinge', 'neggrad_hinge', 'ForgetRepel', 'TakeTurns',
-           'scrub_hinge', 'UnlearningAware', 'uam', 'FadingL1', 'l1_sparse', 'validation_losses']
+           'scrub_hinge', 'UnlearningAware', 'uam', 'FadingL1', 'l1_sparse', 'validation_losses', 'show_sides']
 
 # %% ../../nbs/48_unlearn.losses.ipynb #50aa7ae0
+import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from matplotlib.figure import Figure
 
 from ..data.slices import Targets
+from ..machinery.pictures import COLOURS, METHOD_MARKERS, method_looks, new_axes
 from ..network.learner import losses_of_images
 from .catalog import method
 from .core import LossTerm, RetainDescent, WeightL1
@@ -266,3 +269,20 @@ def validation_losses(
     learn.model.train(training)
     losses, forget = torch.cat(losses), torch.cat(forget)
     return losses[~forget].mean().item(), losses[forget].mean().item()
+
+# %% ../../nbs/48_unlearn.losses.ipynb #b980f8de
+def show_sides(
+    losses: pd.DataFrame,  # networks by name, one of them 'Original'; columns 'retain loss' and 'forget loss'
+) -> Figure:
+    "Networks by their losses on both sides, in standard deviations of the zero-filled slices"
+    fig, axs = new_axes(1, 1, (5.2, 2.8))
+    ax, looks = axs[0, 0], method_looks(name for name in losses.index if name != 'Original')
+    looks = {'Original': dict(color=COLOURS['original'], marker='*')} | looks
+    for i, (name, look) in enumerate(looks.items()):
+        look = look | {'marker': (METHOD_MARKERS + 'X<>p')[i % 10]} if i else look
+        ax.plot(*losses.loc[name, ['forget loss', 'retain loss']], ls='', ms=8, label=name, **look)
+    ax.axvline(losses.loc['Original', 'forget loss'], color='0.8', zorder=0)
+    ax.axhline(losses.loc['Original', 'retain loss'], color='0.8', zorder=0)
+    ax.set(xlabel='loss on forgotten slices', ylabel='loss on retained slices')
+    fig.legend(loc='outside right upper', fontsize=8, frameon=False)
+    return fig
