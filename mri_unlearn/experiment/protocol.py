@@ -173,7 +173,7 @@ def run_protocol(
     show: bool = True,  # progress bars
     strict: bool = False,  # an unreadable file is an error; otherwise it is left out with a warning
     unchecked: bool = False,  # use files as they are, without the look of `inspect_volumes`
-    organ: str = None,  # of volumes that do not tell
+    organ: str = None,  # of volumes whose header does not say which
     jobs: int = None,  # processes that train and score; None: one a core, or one where there is a GPU
     devices=None,  # names such as ['cuda:0', 'cuda:1'], one process on each; None: what torch finds
     **settings,  # that replace those of the preset, by the names that `Settings.flat` lists

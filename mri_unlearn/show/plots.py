@@ -285,7 +285,7 @@ def _say_states(fig, table, sides):
     ]
     fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8, frameon=False)
 
-
+# %% ../../nbs/70_show.plots.ipynb #c2326be8
 def _forest(ax, table, side, limit, scans):
     "One side of `plot_verdicts`: the margin as a band, and for each network its gap and the interval of it"
     margin = table[f'margin_{side}_db'].iloc[0]
