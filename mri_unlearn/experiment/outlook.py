@@ -45,7 +45,7 @@ def outlook(
     cbs=None,  # further callbacks; they see no step
     **arguments,  # the other ones of `unlearn`, settings of the method included
 ) -> Outlook:
-    "What `unlearn` would do with the same arguments; where it estimates a level, that is done; raises what it raises"
+    "What `unlearn` would do with the same arguments, its estimate of a level included; raises what `unlearn` raises"
     meter = WorkMeter()
     student = unlearn(learn, what, method, cbs=[*(cbs or ()), meter, AtTheLevel()], **arguments)
     volumes, level = student.dls.train_ds.volumes, getattr(student, 'level', None)

@@ -30,13 +30,12 @@ from .settings import Settings, prepare
 from .tables import collect
 from ..machinery.disk import DataError, read_csv, visible
 from ..machinery.workers import processes
-from ..machinery.pictures import show_reconstructions
-from ..show.figures import save_figure
+from ..show.figures import save_figure, show_compared
 from ..show.page import write_figures, write_report
 from ..show.plots import plot_verdicts
 from ..show.sealed import seal, seal_pages
 from ..verdict.evaluate import reconstruct_volumes
-from ..verdict.names import NetworkName, forget_side, side_names
+from ..verdict.names import KINDS, NetworkName, forget_side, side_names
 
 # %% ../../nbs/81_experiment.protocol.ipynb #f59ca538
 def picture_volumes(
@@ -53,7 +52,7 @@ def picture_volumes(
 def _shown(settings):
     "Networks whose images are shown, by what the figures call them; None for no network"
     oracles = [NetworkName('oracle', seed=i) for i in range(min(settings.training.oracle_seeds, 2))]
-    nets = {'zero-filled': None, 'Original': NetworkName('original')}
+    nets = {KINDS['zero_filled'][0]: None, KINDS['original'][0]: NetworkName('original')}
     nets |= dict(zip(('Oracle', 'another Oracle'), oracles))
     plan = unlearning_plan(settings)
     methods = [m for m in ('nl_ft', 'proxy', 'sub_ft', 'ga_ft') if m in settings.unlearning.methods][:2]
@@ -75,13 +74,13 @@ def example_images(
     settings: Settings,  # of the run
     splits: pd.DataFrame,  # volumes with their column `split`
 ):
-    "Draw a slice as each network makes it, with error maps (reconstructions), and against the Oracle (differences)"
+    "Draw a slice as each network makes it, against its target (reconstructions) and against an Oracle (differences)"
     for split, rows in picture_volumes(splits).items():
         target, images = _middle_slices(run, settings, rows)
         side = split.split('_')[0]
-        figure = show_reconstructions(target, {n: image for n, image in images.items() if n != 'another Oracle'})
+        figure = show_compared(target, {n: image for n, image in images.items() if n != 'another Oracle'})
         save_figure(figure, run.out / 'figures' / f'reconstructions_{side}.png')
-        figure = show_reconstructions(images.pop('Oracle'), images, against='Oracle')
+        figure = show_compared(images.pop('Oracle'), images, against='Oracle')
         save_figure(figure, run.out / 'figures' / f'differences_{side}.png')
 
 
@@ -174,7 +173,7 @@ def run_protocol(
     show: bool = True,  # progress bars
     strict: bool = False,  # an unreadable file is an error; otherwise it is left out with a warning
     unchecked: bool = False,  # use files as they are, without the look of `inspect_volumes`
-    organ: str = None,  # of volumes that do not tell
+    organ: str = None,  # of volumes whose header does not say which
     jobs: int = None,  # processes that train and score; None: one a core, or one where there is a GPU
     devices=None,  # names such as ['cuda:0', 'cuda:1'], one process on each; None: what torch finds
     **settings,  # that replace those of the preset, by the names that `Settings.flat` lists

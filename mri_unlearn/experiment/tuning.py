@@ -269,7 +269,7 @@ def tune(
     devices=None,  # as in `run_protocol`
     **settings,  # that replace those of the preset, as in `run_protocol`
 ) -> pd.DataFrame:  # one row a trial
-    "Choose settings by as many trials for each method; what is there already is kept. Raises `DataError` on bad input"
+    "Choose settings by equally many trials of each method; those made before count. Raises `DataError` on bad input"
     trials, out, start = choose_trials(methods, trials), Path(out), time.perf_counter()
     chosen, at_once = _rehearsal_settings(preset, trials, seed, settings), processes(jobs, devices)
     _check_scores(out)

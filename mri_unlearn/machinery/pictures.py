@@ -75,10 +75,10 @@ METHOD_MARKERS = 'os^vDP'
 def method_looks(
     methods,  # names, in the order in which they are drawn
 ) -> dict:  # name -> keywords of `Axes.plot`: color, marker
-    "A colour for each method that is nobody else's, and a marker that changes when the colours are used up"
+    "A colour and a marker for each method: neighbours differ in both, and no two of 36 have the same pair"
     colours, markers = len(METHOD_COLOURS), len(METHOD_MARKERS)
     return {
-        method: dict(color=METHOD_COLOURS[i % colours], marker=METHOD_MARKERS[i // colours % markers])
+        method: dict(color=METHOD_COLOURS[i % colours], marker=METHOD_MARKERS[(i + i // colours) % markers])
         for i, method in enumerate(dict.fromkeys(methods))
     }
 
@@ -196,7 +196,7 @@ def show_mask(
     ax.set_aspect('auto')
     if num_low_frequencies:
         left = (width - num_low_frequencies + 1) // 2 - 0.5  # fastMRI's centre: pad = (width - n_low + 1) // 2
-        ax.plot([left, left + num_low_frequencies], [0.6, 0.6], color='tab:orange', lw=3, clip_on=False)
+        ax.plot([left, left + num_low_frequencies], [0.6, 0.6], color=METHOD_COLOURS[1], lw=3, clip_on=False)
         ax.set_ylim(0.5, -0.5)  # the line stays outside
-        ax.set_xlabel(f'dense centre: {num_low_frequencies} lines', fontsize=8, color='tab:orange', labelpad=6)
+        ax.set_xlabel(f'dense centre: {num_low_frequencies} lines', fontsize=8, labelpad=6)
     return ax.figure

@@ -140,13 +140,13 @@ each time: mean gaps, and how many runs pass both sides.</p>
 _RESULT_FIGURES = {
     'gap_plane': 'Each network by its two gaps to the Oracle. The target is the star at the origin; green is what '
     'counts as equal. Axes are linear near 0 and logarithmic further out where distances demand it.',
-    'verdicts': 'Gaps to the Oracle with the intervals of the equivalence test over patients; '
+    'verdicts': 'Gaps to the Oracle with the 90 % intervals of the equivalence test over patients; '
     'the grey band is the margin.',
     'retain_fraction': 'Gap to the Oracle against the share of the retain data that a method may use.',
-    'trace': 'PSNR over the epochs of unlearning; dashed: the level of the Oracle. '
+    'trace': 'PSNR over the epochs of unlearning; broken lines: the levels of the Oracle. '
     'The reported epoch was fixed beforehand.',
-    'reconstructions_retain': 'Reconstructions of a retain test slice and their errors, all errors on one scale.',
-    'reconstructions_forget': 'Reconstructions of a forget test slice and their errors, all errors on one scale.',
+    'reconstructions_retain': 'Reconstructions of a retain test slice; below, their errors on one scale, and PSNR.',
+    'reconstructions_forget': 'Reconstructions of a forget test slice; below, their errors on one scale, and PSNR.',
     'differences_retain': "A retain test slice: how the image of each network differs from an Oracle's; another Oracle "
     'shows what the seed alone does.',
     'differences_forget': 'The same for a forget test slice.',

@@ -81,7 +81,7 @@ def volume_names(
     return {row['path']: str(row['path']) for row in rows}
 
 # %% ../../nbs/56_verdict.evaluate.ipynb #b7987290
-ABOUT = ['organ', 'acquisition', 'patient_id', 'site', 'split', 'source']
+ABOUT = ['organ', 'acquisition', 'patient_id', 'site', 'split', 'source']  # source: of the k-space
 
 
 def _scores(recon, name):
@@ -102,11 +102,11 @@ def _scores(recon, name):
 
 def evaluate(
     model,  # network, Learner, or None for the zero-filled image
-    dl,  # ReconDL in file order
+    dl,  # loader in file order, such as `learn.dls.valid`
     images: dict = None,  # if given, receives name -> reconstructed volume, float [slices, h, w]
     each=None,  # if given, is called with every `VolumeRecon`
     name: str = 'the network',  # for messages
-) -> pd.DataFrame:  # volume, `ABOUT` (source is that of the k-space), slices, nmse, psnr, ssim; one row a volume
+) -> pd.DataFrame:  # one row a volume: volume, the columns `ABOUT`, slices, nmse, psnr (dB), ssim
     "Score every volume as fastMRI's evaluate.py does; raises `DataError` for a volume or an image that has no score"
     rows, names = [], volume_names(dl.dataset.rows)
     for recon in reconstruct_volumes(model, dl, name):

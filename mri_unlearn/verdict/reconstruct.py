@@ -47,7 +47,7 @@ def reconstruct(
     volumes: pd.DataFrame,  # rows of `index_volumes`, with or without target
     mask,  # mask function; a file that brings its own mask keeps it
     out,  # folder for NAME.h5 with the dataset `reconstruction`, float32 [slices, h, w], in the file's unit
-    about: dict = None,  # what the record shall say of the mask
+    about: dict = None,  # what the record says of the mask, such as {'acceleration': 4}
     bs: int = 8,  # slices in a batch
     picture=None,  # function (path of the PNG, `VolumeRecon`, whether there is a target); None: no pictures
     num_workers: int = 0,  # processes that read files

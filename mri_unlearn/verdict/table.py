@@ -176,9 +176,9 @@ def _joined(table, more):
 
 # %% ../../nbs/59_verdict.table.ipynb #ebbd761d
 def verdict_table(
-    results: pd.DataFrame,  # results.csv
-    agreement: pd.DataFrame = None,  # agreement.csv; None: images are not compared
-    hallucination: pd.DataFrame = None,  # further columns of networks, by KEYS; None: there are none
+    results: pd.DataFrame,  # scores of all networks, one row a network and volume, as in results.csv
+    agreement: pd.DataFrame = None,  # of images, as in agreement.csv; None: images are not compared
+    hallucination: pd.DataFrame = None,  # further columns, one row a network, known by KEYS; None: there are none
     least: float = 0.3,  # smallest margin, dB
     most: float = 1.0,  # largest margin, dB
     within: float = 1.0,  # how far under the floor the agreement of images may lie, dB
