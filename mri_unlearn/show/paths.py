@@ -51,7 +51,7 @@ def _cloud(ax, points):
     ax.plot(*points.T, '*', ms=10, color=COLOURS['oracle'], mec='white', mew=0.5, zorder=4, label='Oracles')
 
 # %% ../../nbs/62_show.paths.ipynb #90606ec5
-_DASHES = ('-', '--', ':', '-.', (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))  # tell lines apart in grey
+_DASHES = ('-', '--', ':', '-.', (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))  # tell lines apart in grey
 
 
 def plot_paths(
