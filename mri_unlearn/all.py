@@ -81,6 +81,7 @@ from .verdict.hallucination import *
 from .verdict.planted import *
 
 # %% ../nbs/99_all.ipynb #b0654e6d
+from .show.paths import *
 from .show.sealed import *
 from .show.reading import *
 from .show.figures import *
