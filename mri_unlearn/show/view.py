@@ -36,6 +36,9 @@ _VOLUMES = (
 def _scored_volumes(run):
     "Rows of volumes.csv that the run has scored, forgotten test volumes first: fname -> dict"
     table = read_table(run.path / 'volumes.csv', _VOLUMES)
+    empty = [column for column in _VOLUMES if table[column].isna().any()]
+    if empty:
+        raise DataError(f'{run.path / "volumes.csv"}: a volume has no {empty[0]}. Start the run again.')
     table = table[table.fname.isin(run.results.volume)].sort_values(['split', 'fname'])
     rows = {row['fname']: row for row in table.to_dict('records')}
     if not rows:
@@ -103,8 +106,8 @@ class RunView:
         self.network = lru_cache(64)(lambda name: _load(self.run, name))
         self.scan = lru_cache(256)(lambda fname: _scan_of(self.run, self.volumes[fname]))
         self._batch = lru_cache(2)(self._one_slice)
-        self.image = lru_cache(1024)(self._image)
-        self.case = lru_cache(32)(self._case)
+        self.image = lru_cache(256)(self._image)
+        self.case = lru_cache(2)(self._case)  # a third of a gigabyte each at 320 x 320
 
     def _one_slice(self, fname, number, input):
         data = SliceDataset(pd.DataFrame([self.scan(fname)]), self.mask, input=input)
@@ -171,7 +174,7 @@ def _about(view, fname, number, name):
     whose = f'{fname}, slice {number} of 0 to {int(row["slices"]) - 1}: {row["organ"]}, {row["acquisition"]}, '
     whose += f'patient {row["patient_id"]}, {row["split"]}'
     how = f'{settings["mask"]} mask, R = {settings["acceleration"]}'
-    return f'{whose}; {how}; forgotten: {view.run.config["request"]["query"]}'
+    return f'{whose}\n{how}; forgotten: {view.run.config["request"]["query"]}'
 
 
 def _chosen(view, fname, number, method, fraction):
