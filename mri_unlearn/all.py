@@ -90,6 +90,8 @@ from .show.report import *
 from .show.sections import *
 from .show.checks import *
 from .show.page import *
+from .show.sliders import *
+from .show.view import *
 
 # %% ../nbs/99_all.ipynb #4be3b199
 from .experiment.settings import *
