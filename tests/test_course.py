@@ -14,7 +14,7 @@ OPENING = (
     r'\*\*You will learn\*\* [^\n]+\.\n+'
     r'\*\*(\d+) minutes\.\*\* (Course|Reference|Tutorial): [^\n]+\.$'
 )
-PREDICT = r'\*\*Predict, then run\.\*\* .+\?'
+PREDICT = r'(?:^|\n\n)\*\*Predict, then run\.\*\* .+\?'
 FOLDED = r'<details>\s*<summary>{}</summary>\n\n.+?\n\n</details>'
 NEXT = r'\]\((?:\.\./)?(?:tutorials/)?[\w.]+\.ipynb'
 WORDS = 250  # in a Markdown cell
@@ -35,7 +35,7 @@ def wrong_prediction(nb):
     cells = [cell for cell in nb.cells if not re.match(r'#\|\s*hide', cell.source)]
     found = False
     for asked, run, answer in zip(cells, cells[1:], cells[2:]):
-        if re.match(PREDICT, asked.source, flags=re.S):
+        if re.search(PREDICT, asked.source, flags=re.S):
             if run.cell_type != 'code' or not re.search(FOLDED.format('Answer'), answer.source, flags=re.S):
                 return [f'a prediction without code and a folded answer after it: {asked.source[:60]}']
             found = True
