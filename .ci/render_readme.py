@@ -3,10 +3,10 @@
     python .ci/render_readme.py            write README.md
     python .ci/render_readme.py --check    write nothing; exit status 1 if README.md is not what the notebook gives
 
-Rules. A cell with `#| hide` is left out; of one with `#| echo: false` only the output stays; other `#|` lines go. A
-relative link is rewritten from the notebook's folder to the repository's. An output is shown as Markdown or as plain
-text, never as HTML, which Git hosts show half. A picture is a file in nbs/images with a Markdown link, because an
-image inside a cell output has no place in a README.
+Rules. A cell with `#| hide` or `#| readme: false` is left out; of one with `#| echo: false` only the output stays;
+other `#|` lines go. A relative link is rewritten from the notebook's folder to the repository's. An output is shown as
+Markdown or as plain text, never as HTML, which Git hosts show half. A picture is a file in nbs/images with a Markdown
+link, because an image inside a cell output has no place in a README.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def prepare(nb):
     cells = []
     for cell in nb.cells:
         directives = re.findall(r'^#\|\s*(.+?)\s*$', cell.source, flags=re.M) if cell.cell_type == 'code' else []
-        if 'hide' in directives:
+        if {'hide', 'readme: false'} & set(directives):
             continue
         if cell.cell_type == 'markdown':
             cell.source = relink(cell.source)

@@ -66,6 +66,7 @@ from .unlearn.targets import *
 from .unlearn.dampening import *
 from .unlearn.level import *
 from .unlearn.path import *
+from .unlearn.aim import *
 from .unlearn.proxy import *
 from .unlearn.method_checks import *
 

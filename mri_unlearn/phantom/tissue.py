@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..machinery.pictures import SharpFigure, new_axes
 from .noise import Noise, band, interpolator, power
 
 # %% ../../nbs/10_phantom.tissue.ipynb #a3352d55
@@ -19,26 +20,27 @@ def show_sheet(
     titles=None,  # one for each image; None: no titles
     *,
     cols: int = 4,  # images side by side
-    size: float = 2.2,  # inches, of one image
+    size: float = 1.6,  # inches, width of one image
     top: float = 100.0,  # percentile of each image that is shown white
-    **kwargs,  # for matplotlib's `imshow`
-):
-    "A sheet of grey pictures without axes"
-    import matplotlib.pyplot as plt  # only who wants pictures needs it
-
-    cols, height = min(cols, len(images)), size + 0.2 * (1 + str(titles[0]).count('\n') if titles else 0)
-    rows = -(-len(images) // cols)
-    fig, axes = plt.subplots(
-        rows, cols, figsize=(size * cols, height * rows), dpi=70, squeeze=False, layout='constrained'
-    )
-    fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    for ax in axes.flat:
-        ax.axis('off')
-    for i, (ax, image) in enumerate(zip(axes.flat, images)):
-        look = dict(cmap='gray', interpolation='antialiased', vmax=np.percentile(np.asarray(image, float), top))
+    colours: int = 32,  # of the picture in a notebook
+    **kwargs,  # for matplotlib's `imshow`, such as one `vmin` and `vmax` for all
+) -> SharpFigure:
+    "A sheet of grey pictures without axes, each from its own darkest value to its own brightest"
+    images = [np.asarray(image, float) for image in images]
+    cols, tall = min(cols, len(images)), max(image.shape[0] / image.shape[1] for image in images)
+    lines = max(str(title).count('\n') + 1 for title in titles) if titles else 0
+    fig, axs = new_axes(-(-len(images) // cols), cols, (size, size * tall + 0.25 * lines + 0.05))
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    fig.colours = colours
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for i, (ax, image) in enumerate(zip(axs.flat, images)):
+        look = dict(cmap='gray', interpolation='nearest', vmax=np.percentile(image, top))
         ax.imshow(image, **(look | kwargs))
         if titles:
             ax.set_title(titles[i], fontsize=9)
+    return fig
 
 # %% ../../nbs/10_phantom.tissue.ipynb #c021f2fc
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Catalog(MutableMapping):
         return len(self.known)
 
 # %% ../../nbs/43_unlearn.catalog.ipynb #3cc1b9e4
-PROVIDERS = tuple(f'mri_unlearn.unlearn.{m}' for m in ('paper', 'losses', 'targets', 'dampening', 'proxy'))
+PROVIDERS = tuple(f'mri_unlearn.unlearn.{m}' for m in ('paper', 'losses', 'targets', 'dampening', 'proxy', 'path'))
 ENTRY_POINTS = 'mri_unlearn.methods'  # group in which other packages name a module with methods
 RECOMMENDED = 'proxy'
 METHODS = Catalog(PROVIDERS, ENTRY_POINTS)
