@@ -82,4 +82,5 @@ def plot_paths(
     ax.set_ylabel('gap to the Oracles on forget, dB\n← over-forgotten     under-forgotten →')
     ax.set_title(f'{title}\nlarge marker: the end; green: spread of the Oracle seeds'.strip(), fontsize=9)
     ax.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, handlelength=3.5)
+    ax.figure.colours = 256  # with fewer in its PNG, pale green beside light blue turns blue
     return ax.figure
