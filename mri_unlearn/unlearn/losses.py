@@ -284,5 +284,6 @@ def show_sides(
     ax.axvline(losses.loc['Original', 'forget loss'], color='0.8', zorder=0)
     ax.axhline(losses.loc['Original', 'retain loss'], color='0.8', zorder=0)
     ax.set(xlabel='loss on forgotten slices', ylabel='loss on retained slices')
+    ax.set_aspect('equal', adjustable='datalim')  # as far is as much on either side
     fig.legend(loc='outside right upper', fontsize=8, frameon=False)
     return fig
