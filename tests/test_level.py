@@ -158,7 +158,7 @@ def test_what_check_method_sees_of_one_mechanism_holds_for_the_other():
         passes = count_passes(original.model)
         with warnings.catch_warnings():
             warnings.simplefilter('error')
-            given = dict(epochs=2, steps=20, bs=4, held_out=held_out, cbs=[meter], level=0.6)
+            given = dict(rounds=2, steps=20, bs=4, held_out=held_out, cbs=[meter], level=0.6)
             students.append(unlearn(original, volumes, 'proxy', 1.0, **given))
         original.model._forward_hooks.clear()
         assert meter.slices >= FORWARD * passes[0] + (1 - FORWARD) * passes[1] - 1e-6  # all work is on the meter

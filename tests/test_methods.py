@@ -51,7 +51,7 @@ class Compiled(nn.Module):
 @pytest.mark.parametrize('name, settings', [('proxy', {}), ('encoder_match', {}), ('reset_ft', dict(which='decoder'))])
 def test_a_wrapped_network_ends_with_the_same_weights(loaders, kind, wrap, name, settings):
     plain, wrapped = (
-        unlearn(recon_learner(loaders[kind], model), REQUEST, name, 0.5, epochs=1, steps=4, bs=2, **settings).model
+        unlearn(recon_learner(loaders[kind], model), REQUEST, name, 0.5, rounds=1, steps=4, bs=2, **settings).model
         for model in (NETWORKS[kind](), wrap(NETWORKS[kind]()))
     )
     assert type(wrapped) is wrap
@@ -69,7 +69,7 @@ ProxyMatch KeepImages MemoryMatch Recorder LossTerms StayFinite OneCycle OneCycl
 def test_the_order_in_which_the_callbacks_of_proxy_act(loaders):
     "A change of this order changes results"
     learn = unlearn(
-        recon_learner(loaders['image'], NETWORKS['image']()), REQUEST, 'proxy', 0.5, epochs=1, steps=2, bs=2
+        recon_learner(loaders['image'], NETWORKS['image']()), REQUEST, 'proxy', 0.5, rounds=1, steps=2, bs=2
     )
     order = [type(cb).__name__ for cb in learn.cbs.sorted('order')]
     assert [name for name in order if name != 'ProgressCallback'] == ORDER  # fastai puts that back after the fit

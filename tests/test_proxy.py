@@ -23,7 +23,7 @@ def moved(a, b, part):
 
 
 def organ(learn=None, **settings):
-    given = dict(kind='competence', shadow_level=0.1, epochs=1, steps=1, bs=12) | settings
+    given = dict(kind='competence', shadow_level=0.1, rounds=1, steps=1, bs=12) | settings
     return unlearn(learn or original(), REQUEST, 'proxy', 0.5, **given)
 
 
@@ -31,7 +31,7 @@ def patient(learn=None, **settings):
     learn = learn or original()
     volumes = learn.dls.train_ds.volumes
     one = ForgetRequest(f"patient_id == '{volumes[volumes.organ == 'knee'].patient_id.iloc[0]}'")
-    given = dict(kind='memory', epochs=3, steps=16, bs=4, seed=1, held_out=learn.dls.valid_ds.volumes) | settings
+    given = dict(kind='memory', rounds=3, steps=16, bs=4, seed=1, held_out=learn.dls.valid_ds.volumes) | settings
     return unlearn(learn, one, 'proxy', 1.0, **given)
 
 
@@ -64,7 +64,7 @@ def test_what_it_refuses(run, settings, said):
 
 def test_the_budget_is_kept_teachers_and_looks_included():
     "Steps of two slices, a third of a slice for each answer of a teacher, the proxies' training, and every look"
-    student = organ(epochs=2, steps=15, bs=4, kind=None, shadow_level=None, cbs=[WorkMeter()])
+    student = organ(rounds=2, steps=15, bs=4, kind=None, shadow_level=None, cbs=[WorkMeter()])
     assert 0.9 * student.budget < student.work_meter.slices <= student.budget + 30
     assert student.work_meter.seconds > 0
 

@@ -149,7 +149,7 @@ def asked(
     rows = splits[splits.split.str.endswith('train')]
     reading = dict(seed=args.seed, num_workers=args.workers, input=input_of(net))
     learn = recon_learner(recon_dls(rows, rows.head(1), mask_of(args), **reading), net, loss=args.loss)
-    work = dict(method=args.method, retain_fraction=args.retain_fraction, epochs=args.rounds, steps=args.steps)
+    work = dict(method=args.method, retain_fraction=args.retain_fraction, rounds=args.rounds, steps=args.steps)
     return learn, splits, work | dict(bs=args.batch_size, seed=args.seed, lr=args.lr) | settings
 
 

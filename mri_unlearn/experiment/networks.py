@@ -302,7 +302,7 @@ def unlearned_learner(
     dls = recon_dls(train, train.head(1), mask_of(settings), **about)
     original = recon_learner(dls, run_network(run, settings, 'original'), loss=settings.training.loss)
     budget = dict(
-        epochs=u.rounds, steps=steps_of(settings, splits), bs=u.bs, clip=u.clip, seed=unlearning_seed(settings, network)
+        rounds=u.rounds, steps=steps_of(settings, splits), bs=u.bs, clip=u.clip, seed=unlearning_seed(settings, network)
     )
     own = dict(lr=u.lr, held_out=splits[held_out]) | u.method_settings.get(network.method, {})
     return unlearn(original, train, network.method, network.fraction or 1.0, cbs=cbs, **budget, **own)

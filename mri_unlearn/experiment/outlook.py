@@ -34,7 +34,7 @@ class Outlook(NamedTuple):
 def _seconds_of_a_slice(learn, what, bs, n=3):
     "A few timed steps, the first of which does not count"
     watch = Stopwatch()
-    unlearn(learn, what, 'full_ft', epochs=1, steps=n + 1, bs=bs, cbs=[watch])
+    unlearn(learn, what, 'full_ft', rounds=1, steps=n + 1, bs=bs, cbs=[watch])
     return float(np.median(watch.seconds[1:])) / bs
 
 # %% ../../nbs/87_experiment.outlook.ipynb #143df9f8
@@ -66,7 +66,7 @@ def expected_level(
     return outlook(learn, what, method, **arguments).level
 
 # %% ../../nbs/87_experiment.outlook.ipynb #af01f610
-GIVEN = 'method', 'retain_fraction', 'epochs', 'steps', 'bs', 'seed'  # arguments of `unlearn` that stand by themselves
+GIVEN = 'method', 'retain_fraction', 'rounds', 'steps', 'bs', 'seed'  # arguments of `unlearn` that stand by themselves
 
 
 def record_of(

@@ -43,7 +43,7 @@ from ..phantom.simulate import simulate_dataset
 from ..show.sealed import check_config, config_digest
 
 # %% ../../nbs/76_experiment.runs.ipynb #9a3a47da
-TRACE = ['method', 'retain_fraction', 'seed', 'epoch', 'retain_psnr', 'forget_psnr']  # columns of trace.csv
+TRACE = ['method', 'retain_fraction', 'seed', 'round', 'retain_psnr', 'forget_psnr']  # columns of trace.csv
 
 # %% ../../nbs/76_experiment.runs.ipynb #3028daeb
 def revision() -> str:  # as `git describe` says it

@@ -12,6 +12,7 @@ import pandas as pd
 
 from .runs import TRACE
 from ..machinery.disk import write_csv
+from ..show.reading import FORMER
 from ..verdict.checks import collateral, holds_memory, shared_knowledge
 from ..verdict.equivalence import equivalence, margin, paired_differences
 from ..verdict.evaluate import summarise
@@ -57,7 +58,7 @@ def whole_trace(
                 method=end.method,
                 retain_fraction=end.retain_fraction,
                 seed=end.seed,
-                epoch=[0, rounds],
+                round=[0, rounds],
                 retain_psnr=[start.retain_psnr, end.retain_psnr],
                 forget_psnr=[start.forget_psnr, end.forget_psnr],
             )
@@ -66,8 +67,9 @@ def whole_trace(
     ]
     if not parts:
         return None
-    whole = pd.concat([*parts, *[table for table in between if len(table)]])
-    return whole.sort_values(['method', 'retain_fraction', 'seed', 'epoch'])[TRACE]
+    between = [table.rename(columns=FORMER) for table in between if len(table)]
+    whole = pd.concat([*parts, *between])
+    return whole.sort_values(['method', 'retain_fraction', 'seed', 'round'])[TRACE]
 
 # %% ../../nbs/80_experiment.tables.ipynb #4dc97b6b
 def _planted_columns(planted, network):

@@ -211,7 +211,7 @@ def _trace_panel(ax, trace, oracle, floor, names):
     "One method of `plot_trace`: two curves, the Oracle's levels broken, and a note where a curve leaves the panel"
     for side, height, look, level in (('retain', 0.66, 'o-', '--'), ('forget', 0.48, 's-', ':')):
         psnr, colour, name = trace[f'{side}_psnr'].to_numpy(float), COLOURS[side], (names or {}).get(side, side)
-        ax.plot(trace.epoch, psnr, look, ms=3, lw=1.5, color=colour, label=name)
+        ax.plot(trace['round'], psnr, look, ms=3, lw=1.5, color=colour, label=name)
         if oracle:
             ax.axhline(oracle[side], color=colour, ls=level, lw=1.2, label=f'Oracle on {name}')
         if np.nanmin(psnr) < floor:
@@ -228,14 +228,14 @@ def _below(axs, text):
 
 # %% ../../nbs/70_show.plots.ipynb #d833973d
 def plot_trace(
-    trace: pd.DataFrame,  # columns method, retain_fraction, epoch, retain_psnr, forget_psnr (dB)
+    trace: pd.DataFrame,  # columns method, retain_fraction, round, retain_psnr, forget_psnr (dB)
     oracle: dict = None,  # the Oracle's mean PSNR in dB, {'retain': ..., 'forget': ...}, drawn as broken lines
     retain_fraction: float = 0.1,  # 0 to 1; where a method was run at several, the nearest is drawn
     cols: int = 4,  # panels in a row
     title: str = '',  # what the data were
     names: dict = None,  # what to call the sides, of `sides_of`; None: retain and forget
 ) -> Figure:
-    "PSNR on both sides over the epochs of unlearning, one small panel a method, all on one scale"
+    "PSNR on both sides over the rounds of unlearning, one small panel a method, all on one scale"
     away = (trace.retain_fraction.astype(float) - retain_fraction).abs().fillna(0)
     trace = trace[away <= away.groupby(trace.method).transform('min') + 1e-9]
     values = trace[['retain_psnr', 'forget_psnr']].to_numpy(float)
@@ -244,12 +244,12 @@ def plot_trace(
     methods = list(dict.fromkeys(trace.method))
     fig, axs, cols = _panels(len(methods), (1.9, 1.7), cols)
     for ax, method in zip(axs.flat, methods):
-        _trace_panel(ax, trace[trace.method.eq(method)].sort_values('epoch'), oracle, floor, names)
+        _trace_panel(ax, trace[trace.method.eq(method)].sort_values('round'), oracle, floor, names)
         ax.set_title(method, fontsize=9)
     fig.set_figheight(fig.get_figheight() + 0.5)  # room for the legend
     for ax in axs[:, 0]:
         ax.set_ylabel('PSNR, dB')
-    _below(axs, 'epoch')
+    _below(axs, 'round of unlearning')
     handles, ncols = axs[0, 0].get_legend_handles_labels(), 4 if cols > 2 else cols
     fig.legend(*handles, loc='outside lower center', ncols=ncols, fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=9)

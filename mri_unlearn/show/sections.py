@@ -143,8 +143,8 @@ _RESULT_FIGURES = {
     'verdicts': 'Gaps to the Oracle with the 90 % intervals of the equivalence test over patients; '
     'the grey band is the margin.',
     'retain_fraction': 'Gap to the Oracle against the share of the retain data that a method may use.',
-    'trace': 'PSNR over the epochs of unlearning; broken lines: the levels of the Oracle. '
-    'The reported epoch was fixed beforehand.',
+    'trace': 'PSNR over the rounds of unlearning; broken lines: the levels of the Oracle. '
+    'The reported round was fixed beforehand.',
     'reconstructions_retain': 'Reconstructions of a retain test slice; below, their errors on one scale, and PSNR.',
     'reconstructions_forget': 'Reconstructions of a forget test slice; below, their errors on one scale, and PSNR.',
     'differences_retain': "A retain test slice: how the image of each network differs from an Oracle's; another Oracle "

@@ -109,7 +109,7 @@ def look_inside(
     **kwargs,  # further arguments of `unlearn`
 ):  # what `question` returned
     "What a function finds on the Learner of a method, once everything is prepared and before the first step"
-    return unlearn(learn, what, method, retain_fraction, epochs=0, cbs=[_Look(question)], **kwargs).answer
+    return unlearn(learn, what, method, retain_fraction, rounds=0, cbs=[_Look(question)], **kwargs).answer
 
 # %% ../../nbs/45_unlearn.by_hand.ipynb #33d6edf8
 class KeepBatches(Callback):
@@ -134,7 +134,7 @@ def short_run(
 ) -> Learner:  # as `unlearn` returns it; `learn.kept` holds the batches
     "One step of a method with half of the retain volumes: 4 images a step, or 2 slices of k-space"
     bs = 4 if learn.dls.train_ds.input == 'image' else 2
-    given = dict(retain_fraction=0.5, epochs=1, steps=1, bs=bs) | kwargs
+    given = dict(retain_fraction=0.5, rounds=1, steps=1, bs=bs) | kwargs
     return unlearn(learn, what, method, cbs=[KeepBatches(), *cbs], **given)
 
 # %% ../../nbs/45_unlearn.by_hand.ipynb #2e7489d7

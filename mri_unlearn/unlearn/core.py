@@ -287,10 +287,10 @@ def unlearning_learner(
     pool: pd.DataFrame,  # volumes that the method may look at, from `unlearning_pool`
     method: Method,  # says which side its batches hold, and how it cuts its budget
     bs: int,  # slices a batch
-    steps: int,  # batches an epoch; None: one pass over the method's slices
+    steps: int,  # batches a round; None: one pass over the method's slices
     seed: int,  # of the order and of the masks
     device=None,  # where it runs; None: where the Original's loaders put their batches
-) -> Learner:  # not yet trained; `learn.budget` is the number of slices of an epoch
+) -> Learner:  # not yet trained; `learn.budget` is the number of slices of a round
     "A Learner for a copy of the network, whose loader holds what `method` may see"
     source, device = learn.dls.train_ds, device or learn.dls.device
     ds = SliceDataset(pool, source.mask, train=True, seed=seed, input=source.input)
@@ -304,7 +304,7 @@ def unlearning_learner(
     loader = ReconDL(ds, bs=bs, order=plan, seed=seed, device=device, num_workers=workers)
     dls = DataLoaders(loader, learn.dls.valid, device=device)
     student = recon_learner(dls, deepcopy(learn.model), loss=learn.loss_func, opt_func=learn.opt_func)
-    student.budget = budget  # slices an epoch, for methods that do more than their steps
+    student.budget = budget  # slices a round, for methods that do more than their steps
     return student
 
 # %% ../../nbs/44_unlearn.core.ipynb #c72b132d
@@ -322,8 +322,8 @@ def unlearn(
     what,  # ForgetRequest, table with `split`, or DataLoaders with forget flags
     method: str = RECOMMENDED,  # name in METHODS
     retain_fraction: float = 1.0,  # share of the retain volumes that may be used, above 0 and at most 1
-    epochs: int = 3,  # between epochs nothing but logging happens
-    steps: int = None,  # of the optimiser, an epoch, with `bs` slices each; None: one pass over the method's slices
+    rounds: int = 3,  # of `steps` steps each, fastai's epochs; between rounds nothing but logging happens
+    steps: int = None,  # of the optimiser, a round, with `bs` slices each; None: one pass over the method's slices
     bs: int = 8,  # slices a step, half of each side in joint methods; `Method.bs` cuts the same slices otherwise
     lr: float = 1e-3,  # learning rate, constant unless the method says otherwise
     clip: float = 0.5,  # largest norm of the gradient, as in the paper; None: no limit
@@ -331,7 +331,7 @@ def unlearn(
     cbs=None,  # further callbacks
     held_out: pd.DataFrame = None,  # retained scans that no network was trained on: they say how much is memory
     **settings,  # of the method: lam, alpha, forget_weight, retain_weight, …
-) -> Learner:  # around the unlearned network, in eval mode; `loss_terms.history`: the mean of each term by epoch
+) -> Learner:  # around the unlearned network, in eval mode; `loss_terms.history`: the mean of each term by round
     """Run an unlearning method on a copy of the network.
     Raises `DataError` for an unknown method, settings that it does not have, an impossible request, or divergence."""
     check_rate(lr)
@@ -343,8 +343,8 @@ def unlearn(
     student.held_out = check_held_out(held_out, pd.concat([student.taught, pool]))
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
     student.add_cbs(extra + list(cbs or []))
-    student.budget *= epochs
+    student.budget *= rounds
     with student.no_bar(), student.no_logging():
-        student.fit(epochs, lr)
+        student.fit(rounds, lr)
     student.model.eval()
     return student

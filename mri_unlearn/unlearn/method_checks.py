@@ -61,14 +61,14 @@ class MethodRun:
         input: str = 'image',  # what the network takes
         unit: float = 1.0,  # factor of all data
         seed: int = 0,  # of the run
-        epochs: int = 2,  # of two steps each
+        rounds: int = 2,  # of two steps each
         **settings,  # of the method
     ):
         self.original = practice(input, unit)
         self.passes = count_passes(self.original.model)
         self.before = snapshot(self.original)
         meter = WorkMeter()
-        given = dict(epochs=epochs, steps=2, bs=4, seed=seed, cbs=[meter])
+        given = dict(rounds=rounds, steps=2, bs=4, seed=seed, cbs=[meter])
         self.student = unlearn(self.original, REQUEST, method, 1.0, **given, **settings)
         self.work, self.budget = meter.slices, self.student.budget
 
@@ -281,7 +281,7 @@ def check_unchanged(
     if input != 'image':
         return 'skipped: tried on images only'
     original, volumes, held_out, _ = nothing_to_forget()
-    given = dict(epochs=2, steps=20, bs=4, held_out=held_out)
+    given = dict(rounds=2, steps=20, bs=4, held_out=held_out)
     student = unlearn(original, volumes, name, 1.0, **given, **settings)
     if student.level.kind != 'nothing':
         return f'skipped: sees a {student.level.kind} in a request for a stranger'
@@ -305,7 +305,7 @@ def _checks(name, input, settings):
     yield 'network', lambda: check_network(run)
     yield 'nothing_left', lambda: check_nothing_left(run)
     yield 'work', lambda: check_work(run)
-    yield 'budget', lambda: check_budget(run, MethodRun(name, input, epochs=4, **settings))
+    yield 'budget', lambda: check_budget(run, MethodRun(name, input, rounds=4, **settings))
     seeds = partial(_own_seeds, name, input, settings)
     yield 'repeatable', lambda: check_repeatable(run, MethodRun(name, input, **settings), seeds())
     small = partial(MethodRun, name, input, UNIT, **settings)

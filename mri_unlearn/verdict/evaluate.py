@@ -259,7 +259,7 @@ class TraceScores(Callback):
         s = evaluate(self.learn.model, self.dl)
         sides = dict(retain='retain_test', forget=forget_side(s))
         means = {k: mean_over_patients(s[s.split == v], ['split'], ['psnr']).psnr.mean() for k, v in sides.items()}
-        self.trace.append(dict(epoch=number, retain_psnr=means['retain'], forget_psnr=means['forget']))
+        self.trace.append(dict(round=number, retain_psnr=means['retain'], forget_psnr=means['forget']))
         if self.on_score:
             self.on_score()
 
