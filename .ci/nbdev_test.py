@@ -31,7 +31,10 @@ MASKS = [
     (re.compile(r'-{3,}'), '---'),
 ]
 NUMBER = re.compile(r'[-+−]?\d+\.\d*(?:e[-+]?\d+)?')
-PRELOADED = ['torch', 'fastai.learner', 'fastai.callback.all', 'matplotlib.figure', 'pandas', 'scipy.optimize', 'h5py']
+PRELOADED = (
+    'torch sklearn.model_selection plum fastprogress.fastprogress matplotlib.figure pandas scipy.optimize h5py'.split()
+)
+# not fastai itself: its import changes how tables are shown, which is then as in the notebook that imports it
 NEAR, SMALL = 0.05, 0.02  # relative and absolute difference of numbers that counts as none
 
 
