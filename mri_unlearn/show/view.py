@@ -22,6 +22,7 @@ from .reading import read_run, read_table
 from .sliders import Panel, explorer, panels_png
 from ..signal.kspace import center_crop
 from ..signal.masks import fixed_mask, mask_func
+from ..unlearn.catalog import RECOMMENDED
 from ..verdict.evaluate import reconstruct_volumes
 from ..verdict.hallucination import hallucination_maps, read_case, volume_mask
 from ..verdict.names import NetworkName, networks
@@ -231,7 +232,7 @@ def run_picture(
 # %% ../../nbs/88_show.view.ipynb #a26fc385
 def _fractions(view, method):
     "Options of the retain fractions of a method: (words, value)"
-    return [(f'{100 * f:g} %' if f else 'no retain data', f) for f in view.methods[method]]
+    return [(f'{100 * f:g} %' if f else 'none', f) for f in view.methods[method]]
 
 
 def explore_run(
@@ -242,8 +243,8 @@ def explore_run(
     volumes = [
         (f'{r["split"]}: {r["organ"]} {r["acquisition"]}, {r["patient_id"]}, {f}', f) for f, r in view.volumes.items()
     ]
-    first, method = view.volumes[volumes[0][1]], next(iter(view.methods))
-    slices = int(first['slices'])
+    slices = int(view.volumes[volumes[0][1]]['slices'])
+    method = RECOMMENDED if RECOMMENDED in view.methods else next(iter(view.methods))
     rest = dict(continuous_update=False)  # a network runs
 
     def adjust(controls):
@@ -256,7 +257,7 @@ def explore_run(
 
     controls = dict(
         slice_num=widgets.IntSlider(slices // 2, 0, slices - 1, description='slice', **rest),
-        method=widgets.Dropdown(options=list(view.methods), description='method'),
+        method=widgets.Dropdown(options=list(view.methods), value=method, description='method'),
         fraction=widgets.SelectionSlider(options=_fractions(view, method), description='retain fraction', **rest),
         volume=widgets.Dropdown(options=volumes, description='volume'),
         null_space=widgets.Checkbox(False, description='null-space maps (slow at first)', indent=False),
