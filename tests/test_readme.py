@@ -40,6 +40,14 @@ def test_readme_links_lead_somewhere():
     assert not missing
 
 
+def test_tables_of_the_readme_are_tables():
+    "A line under the headings of anything but hyphens and colons, and Git hosts show bars and text"
+    lines = readme().splitlines()
+    first = [i for i, line in enumerate(lines) if line.startswith('|') and not lines[i - 1].startswith('|')]
+    assert first
+    assert [lines[i + 1] for i in first if not re.fullmatch(r'\|( :?-+:? \|)+', lines[i + 1])] == []
+
+
 def small(tmp_path, *cells):
     (tmp_path / 'nbs').mkdir()
     nbformat.write(new_notebook(cells=list(cells)), tmp_path / 'nbs' / 'index.ipynb')
