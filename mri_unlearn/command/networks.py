@@ -75,7 +75,7 @@ def train(
 
     must_be_writable(args.out, args.data, holds_weights)
     model, index = new_model(args), to_learn_from(args)
-    rows = training_volumes(index)
+    rows = training_volumes(index, args.division)
     if args.only:
         rows = rows[ForgetRequest(args.only).select(rows)]
     if not len(rows):
@@ -308,7 +308,7 @@ def add_train(
 ):
     "Add `train`"
     p = add_command(commands, 'train', train, 'train --data scans --chans 8 --out net.pt')
-    add_data(p, forget=None)
+    add_data(p, forget=None, division=True)
     add_mask(p)
     add_unchecked(p)
     p.add_argument('--out', required=True, type=file_name, metavar='FILE.pt', help='weights of the trained network')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUERY', 'HELD_OUT', 'MOST_BYTES', 'add_command', 'Once', 'OptionParser', 'some_text', 'file_name', 'say',
-           'table_text', 'add_files', 'add_unchecked', 'add_mixed', 'add_data', 'add_mask', 'mask_of', 'index_of',
-           'with_targets', 'to_learn_from', 'training_volumes', 'splits_of', 'say_skipped', 'read_method_settings',
-           'read_setting', 'settings_of']
+           'table_text', 'add_files', 'add_unchecked', 'add_mixed', 'add_division', 'add_data', 'add_mask', 'mask_of',
+           'index_of', 'with_targets', 'to_learn_from', 'training_volumes', 'splits_of', 'say_drawn', 'say_skipped',
+           'read_method_settings', 'read_setting', 'settings_of']
 
 # %% ../../nbs/90_command.options.ipynb #448f78ba
 import argparse
@@ -125,10 +125,21 @@ def add_mixed(
     mixed = 'let --forget name some volumes of a patient and retain the others'
     p.add_argument('--allow-mixed', action='store_true', help=mixed)
 
+
+def add_division(
+    p: argparse.ArgumentParser,  # of a command
+):
+    "Option `--division`"
+    from mri_unlearn.data.request import DIVISIONS
+
+    who = 'who is for testing: as folders say, patients drawn by lot, or none, for a network that was trained on all'
+    p.add_argument('--division', default='auto', choices=DIVISIONS, help=f'{who}; auto: by lot where no folder tells')
+
 # %% ../../nbs/90_command.options.ipynb #498e5350
 def add_data(
     p: argparse.ArgumentParser,  # of a command
     forget: bool = False,  # must it be said what is to be forgotten? None: there is no such option
+    division: bool = False,  # also `--division`, which goes with `--forget`
 ):
     "Options of the commands that work on an index"
     add_files(p)
@@ -139,6 +150,8 @@ def add_data(
         what = f'what is to be forgotten, {QUERY}'
         p.add_argument('--forget', required=forget, type=some_text, metavar='QUERY', help=what)
         add_mixed(p)
+    if division or forget is not None:
+        add_division(p)
 
 # %% ../../nbs/90_command.options.ipynb #1c3902fd
 def add_mask(
@@ -202,11 +215,12 @@ def to_learn_from(
 
 def training_volumes(
     index,  # from `index_of`
+    division: str = 'auto',  # who is for testing, see `data.request.held_out`
 ):  # its rows
     "Volumes that may be trained on; raises `DataError` where patients stand on two sides"
     from mri_unlearn.data.request import held_out
 
-    return index[~held_out(index, seed=HELD_OUT)]
+    return index[~held_out(index, division, seed=HELD_OUT)]
 
 # %% ../../nbs/90_command.options.ipynb #81bb0c57
 def splits_of(
@@ -217,7 +231,27 @@ def splits_of(
 
     request = ForgetRequest(args.forget, allow_mixed=args.allow_mixed)
     learns = hasattr(args, 'unchecked')  # scoring does no harm
-    return request.split(to_learn_from(args) if learns else with_targets(index_of(args)), seed=HELD_OUT)
+    index = to_learn_from(args) if learns else with_targets(index_of(args))
+    if args.division == 'auto':
+        say_drawn(index)
+    return request.split(index, test=args.division, seed=HELD_OUT)
+
+
+def say_drawn(
+    index,  # from `index_of`
+):
+    "Who is taken for untrained because no folder tells: a network from elsewhere may know them"
+    from mri_unlearn.data.request import held_out, held_out_by_folder
+
+    if held_out_by_folder(index) is None:
+        drawn = sorted(set(index.patient_id[held_out(index, seed=HELD_OUT)]))
+        few = ', '.join(drawn[:5]) + (' …' if len(drawn) > 5 else '')
+        say(
+            f'no folder tells who was trained on: {len(drawn)} of {index.patient_id.nunique()} patients are taken for '
+            f'untrained ({few}), those that `mri_unlearn train` holds back. For a network from elsewhere put what it '
+            'was trained on into folders ending in _train and the rest in _val, or say --division none: trained on all',
+            sys.stderr,
+        )
 
 
 def say_skipped(
