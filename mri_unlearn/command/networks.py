@@ -166,7 +166,7 @@ def look_ahead(
     "What `unlearn` would do: volumes that are matched, kind of request, level to end at, work"
     from mri_unlearn.data.request import split_table
     from mri_unlearn.experiment.dryrun import duration, matched, table_kind
-    from mri_unlearn.experiment.outlook import outlook
+    from mri_unlearn.experiment.outlook import KINDS, outlook
 
     learn, splits, work = asked(args)
     rows, held_out = sides(splits)
@@ -175,8 +175,8 @@ def look_ahead(
     lines = [
         matched(splits, args.forget),
         split_table(splits).to_string(index=False),
-        f'kind of request, as far as the table tells: {table_kind(splits)}',
-        f'level to end at: {ahead.level or f"none; {args.method} takes no level"}',
+        f'kind of request, as far as the table tells: {KINDS[table_kind(splits)]}',
+        f'level to end at, by what the network tells: {ahead.level or f"none; {args.method} takes no level"}',
         f'work: about {ahead.slices:.0f} slices, {duration(ahead.seconds)}; retained volumes at hand: {at_hand}',
     ]
     if ahead.level and ahead.level.kind == 'nothing':
@@ -199,8 +199,9 @@ def unlearn(
     rows, held_out = sides(splits)
     bar, meter = ProgressBar(f'{args.method}, retain fraction {args.retain_fraction:g}'), WorkMeter()
     done = unlearn(learn, rows, cbs=[bar, meter], held_out=held_out, **work)
-    request = ForgetRequest(args.forget, allow_mixed=args.allow_mixed)
-    record = record_of(done, request, work) | dict(network=str(args.model))
+    request = ForgetRequest(args.forget, args.reason, allow_mixed=args.allow_mixed)
+    about = {k: getattr(args, k) for k in ('mask', 'acceleration', 'center_fraction', 'loss')}
+    record = record_of(done, request, work) | about | dict(network=str(args.model))
     path = write_with_record(done.model, args.out, record)
     used = done.dls.train_ds.volumes.split.value_counts()
     at_hand = f'{used.get("forget_train", 0)} forget and {used.get("retain_train", 0)} retain volumes at hand'
@@ -222,9 +223,9 @@ def add_unlearn(
     add_mask(p)
     add_unchecked(p)
     p.add_argument('--model', required=True, type=file_name, metavar='FILE.pt', help='weights of the network')
-    p.add_argument(
-        '--out', required=True, type=file_name, metavar='FILE.pt', help='weights after unlearning; a record beside them'
-    )
+    p.add_argument('--reason', default='', help='why, for the record')
+    after = 'weights after unlearning; a record beside them'
+    p.add_argument('--out', required=True, type=file_name, metavar='FILE.pt', help=after)
     which = f'default: {RECOMMENDED}, the recommended one; `mri_unlearn methods` lists all'
     p.add_argument('--method', default=RECOMMENDED, help=which)
     own = 'settings of methods, {"nl_ft": {"lr": 0.001, "lam": 0.1}}; what `mri_unlearn tune` writes'
@@ -307,7 +308,7 @@ def add_train(
     commands,  # what `argparse` returns for subcommands
 ):
     "Add `train`"
-    p = add_command(commands, 'train', train, 'train --data scans --chans 8 --out net.pt')
+    p = add_command(commands, 'train', train, 'train --data scans --chans 8 --epochs 30 --batch-size 1 --out net.pt')
     add_data(p, forget=None, division=True)
     add_mask(p)
     add_unchecked(p)
@@ -325,18 +326,16 @@ def add_scoring(
     p = add_command(commands, 'evaluate', evaluate, 'evaluate --data scans --model net.pt --out scores.csv')
     add_data(p)
     add_mask(p)
-    p.add_argument(
-        '--model', nargs='*', default=[], type=file_name, metavar='FILE.pt', help='weights of one or several networks'
-    )
+    several = 'weights of one or several networks'
+    p.add_argument('--model', nargs='*', default=[], type=file_name, metavar='FILE.pt', help=several)
     p.add_argument('--out', type=file_name, metavar='FILE.csv', help='scores, one row a volume')
     p.add_argument('--zero-filled', action='store_true', help='score the zero-filled image as well')
     p = add_command(commands, 'reconstruct', reconstruct, 'reconstruct --data scans --model net.pt --out predictions')
     add_data(p, forget=None)
     add_mask(p, loss=False)
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        '--model', type=file_name, metavar='FILE.pt', help='weights, fastMRI state_dict or Lightning checkpoint'
-    )
+    weights = 'weights, fastMRI state_dict or Lightning checkpoint'
+    which.add_argument('--model', type=file_name, metavar='FILE.pt', help=weights)
     which.add_argument('--zero-filled', action='store_true', help='no network')
     p.add_argument('--out', required=True, type=file_name, metavar='DIR', help='folder for the predictions')
     p.add_argument('--png', action='store_true', help='also a picture of each volume')

@@ -269,6 +269,13 @@ def held_out(
     return is_test
 
 # %% ../../nbs/30_data.request.ipynb #c6ca2475
+_NOT_TRAINED_ON = {
+    False: 'it lies in folders for testing',
+    True: 'its patients were drawn for testing; where a network was trained on them, put what it was trained on into a '
+    "folder ending in _train and the rest into one ending in _val, or say --division none (test='none')",
+}
+
+
 class NothingToForget(DataError):
     "A request that names volumes, but none that was used for training."
 
@@ -293,9 +300,10 @@ def split_volumes(
     if not allow_mixed:
         _check_request(index, forget)
     split = [f'{"forget" if f else "retain"}_{"test" if t else "train"}' for f, t in zip(forget, is_test)]
+    drawn = test == 'patient' or held_out_by_folder(index) is None
     for part, why in (
         ('retain_train', 'nothing would be left to train on'),
-        ('forget_train', 'none of it was used for training, so there is nothing to unlearn'),
+        ('forget_train', f'none of it is for training, so there is nothing to unlearn ({_NOT_TRAINED_ON[drawn]})'),
     ):
         if part not in split:
             error = NothingToForget if part == 'forget_train' else DataError

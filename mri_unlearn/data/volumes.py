@@ -279,9 +279,9 @@ def _rows(files, strict, cache, progress):
 def _left_out(n, skipped, odd):
     "The warning about what was left out: some of `n` files, and what is no file or folder that can be read."
     said = (
-        f'{len(skipped)} of {n} files were left out, and {len(odd)} more things were not looked at. '
+        f'{len(skipped)} of {n} files were left out{f", {len(odd)} more things were not looked at" if odd else ""}. '
         'They are in no split and in no score. '
-        'Repair or remove them, or use strict=True to stop at the first:'
+        'Repair or remove them, or use strict=True (--strict) to stop at the first:'
     )
     return '\n- '.join([said, *odd.values(), *skipped.values()])
 

@@ -226,7 +226,8 @@ def _competence(learn, forget, now):
     lead, sd, warning = _lead_of(learn.model)
     if now < USELESS:
         warning = (
-            f'the network is {now:.1f} dB over the zero-filled images on the forget set: too little to be compared'
+            f'the network is only {now:+.1f} dB over the zero-filled images on the forget set, too little to be '
+            'compared; was it trained long enough, and with this mask?'
         )
     aim, half = min(_levels(forget, 'proxy') - lead, now), 1.645 * (sd**2 + SEEDS**2) ** 0.5
     return Level('competence', now, aim, aim - half, aim + half, 'estimated by a proxy', warning)
