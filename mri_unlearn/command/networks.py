@@ -166,7 +166,7 @@ def look_ahead(
     "What `unlearn` would do: volumes that are matched, kind of request, level to end at, work"
     from mri_unlearn.data.request import split_table
     from mri_unlearn.experiment.dryrun import duration, matched, table_kind
-    from mri_unlearn.experiment.outlook import KINDS, outlook
+    from mri_unlearn.experiment.outlook import KIND_IN_WORDS, outlook
 
     learn, splits, work = asked(args)
     rows, held_out = sides(splits)
@@ -175,7 +175,7 @@ def look_ahead(
     lines = [
         matched(splits, args.forget),
         split_table(splits).to_string(index=False),
-        f'kind of request, as far as the table tells: {KINDS[table_kind(splits)]}',
+        f'kind of request, as far as the table tells: {KIND_IN_WORDS[table_kind(splits)]}',
         f'level to end at, by what the network tells: {ahead.level or f"none; {args.method} takes no level"}',
         f'work: about {ahead.slices:.0f} slices, {duration(ahead.seconds)}; retained volumes at hand: {at_hand}',
     ]
