@@ -78,9 +78,9 @@ def ahead(home):
 def test_a_dry_run_says_four_things(ahead):
     assert f'matches volumes: 2, patients: 1 ({STRANGER}), slices: 6; volumes for training: 2' in ahead[0]
     assert any(line.split() == ['forget_train', 'knee', '1', '2', '6'] for line in ahead)
-    assert starting(ahead, 'kind of request').endswith('memory')
+    assert ': memory (others teach the like' in starting(ahead, 'kind of request, as far as the table tells')
     source = 'estimated by mirrored scans, proxies and held-out scans'
-    assert starting(ahead, 'level to end at: nothing: ').endswith(source)
+    assert starting(ahead, 'level to end at, by what the network tells: nothing: ').endswith(source)
     assert starting(ahead, 'work: about ').endswith('retained volumes at hand: 6')
     assert ahead[-1] == 'nothing to forget: the network would stay as it is'
 
@@ -89,7 +89,7 @@ def test_a_dry_run_of_a_method_without_a_level(home):
     before = files(home)
     lines = lines_of(ask(home, '--dry-run', '--method', 'nl_ft'))
     assert files(home) == before
-    assert starting(lines, 'level to end at') == 'level to end at: none; nl_ft takes no level'
+    assert starting(lines, 'level to end at') == 'level to end at, by what the network tells: none; nl_ft takes no level'
     assert starting(lines, 'work: about 384 slices, ')
 
 

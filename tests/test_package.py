@@ -42,7 +42,17 @@ def other(wheel, tmp_path_factory):
     env = tmp_path_factory.mktemp('second') / 'venv'
     run(sys.executable, '-m', 'venv', env, cwd=env.parent)
     bin = env / ('Scripts' if os.name == 'nt' else 'bin')
-    run(bin / 'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', wheel, cwd=env.parent)
+    run(
+        bin / 'python',
+        '-m',
+        'pip',
+        'install',
+        '--quiet',
+        '--disable-pip-version-check',
+        '--no-compile',
+        wheel,
+        cwd=env.parent,
+    )
     return bin
 
 
