@@ -89,7 +89,9 @@ def test_a_dry_run_of_a_method_without_a_level(home):
     before = files(home)
     lines = lines_of(ask(home, '--dry-run', '--method', 'nl_ft'))
     assert files(home) == before
-    assert starting(lines, 'level to end at') == 'level to end at, by what the network tells: none; nl_ft takes no level'
+    assert (
+        starting(lines, 'level to end at') == 'level to end at, by what the network tells: none; nl_ft takes no level'
+    )
     assert starting(lines, 'work: about 384 slices, ')
 
 

@@ -29,7 +29,7 @@ FLOORS = [
     {'all'},
 ]
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
-LARGEST = 300 * 1024  # bytes of a notebook with its figures
+LARGEST = 300_000  # bytes of a notebook with its figures
 LONGEST = 40  # lines of an exported cell, blank ones not counted
 
 

@@ -300,7 +300,7 @@ def split_volumes(
     if not allow_mixed:
         _check_request(index, forget)
     split = [f'{"forget" if f else "retain"}_{"test" if t else "train"}' for f, t in zip(forget, is_test)]
-    drawn = test == 'patient' or held_out_by_folder(index) is None
+    drawn = test == 'patient' or (test == 'auto' and held_out_by_folder(index) is None)
     for part, why in (
         ('retain_train', 'nothing would be left to train on'),
         ('forget_train', f'none of it is for training, so there is nothing to unlearn ({_NOT_TRAINED_ON[drawn]})'),

@@ -36,10 +36,7 @@ class Panel(NamedTuple):
     error: bool = False  # drawn in the colours of errors
 
 
-_GREYS, _ERRORS = (
-    128,
-    64,
-)  # how many colours there are for images and for errors; errors are noise, which makes files large
+_GREYS, _ERRORS = 128, 64  # colours of images and of errors, which are noise and make files large
 _LARGEST_SIDE = 400  # pixels that an image of a picture may have before it is made smaller
 
 

@@ -186,10 +186,8 @@ def _chosen(view, fname, number, method, fraction):
         if value not in known:
             raise DataError(f'this run has scored no {what} {value!r}; it has {", ".join(list(known)[:8])}')
     slices, fractions = int(view.volumes[fname]['slices']), view.methods[method]
-    number, fraction = (
-        slices // 2 if number is None else number,
-        next(iter(fractions)) if fraction is None else fraction,
-    )
+    number = slices // 2 if number is None else number
+    fraction = next(iter(fractions)) if fraction is None else fraction
     if number not in range(slices):
         raise DataError(f'{fname} has the slices 0 to {slices - 1}, and none {number!r}')
     if fraction not in fractions:

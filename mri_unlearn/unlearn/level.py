@@ -308,7 +308,8 @@ def estimate_level(
 ) -> Level:
     """What a network that never saw the forget set would reach on it, from what is at hand
 
-    The proxies never saw it, and are worse at everything. How much worse, on scans that no network was trained on,
+    Nothing was taught the proxies about it but what their outer layers, the Original's, bring along, and they are worse
+    at everything. How much worse, on scans that no network was trained on,
     says what the Original can. What it has on the forgotten scans beyond that is a competence that nobody else
     teaches, where it is much, and otherwise memory, of which mirrored scans say more. Put on the meter.
     """

@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from matplotlib.figure import Figure
 
 from ..data.slices import Targets
-from ..machinery.pictures import COLOURS, METHOD_MARKERS, method_looks, new_axes
+from ..machinery.pictures import COLOURS, method_looks, new_axes
 from ..network.learner import losses_of_images
 from .catalog import method
 from .core import LossTerm, RetainDescent, WeightL1
@@ -278,8 +278,7 @@ def show_sides(
     fig, axs = new_axes(1, 1, (5.2, 2.8))
     ax, looks = axs[0, 0], method_looks(name for name in losses.index if name != 'Original')
     looks = {'Original': dict(color=COLOURS['original'], marker='*')} | looks
-    for i, (name, look) in enumerate(looks.items()):
-        look = look | {'marker': (METHOD_MARKERS + 'X<>p')[i % 10]} if i else look
+    for name, look in looks.items():
         ax.plot(*losses.loc[name, ['forget loss', 'retain loss']], ls='', ms=8, label=name, **look)
     ax.axvline(losses.loc['Original', 'forget loss'], color='0.8', zorder=0)
     ax.axhline(losses.loc['Original', 'retain loss'], color='0.8', zorder=0)
