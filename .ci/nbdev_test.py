@@ -139,7 +139,7 @@ def one_process_each(function, items, n_workers, pause=0, **kwargs):
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(n_workers, context, as_usual, max_tasks_per_child=1) as pool:
-        return list(pool.map(call, items))
+        return list(pool.map(call, items[::-1]))[::-1]  # the last ones, tutorials, take longest: they begin
 
 
 if __name__ == '__main__':
