@@ -16,6 +16,7 @@ from .machinery.text import *
 from .machinery.disk import *
 from .machinery.workers import *
 from .machinery.query import *
+from .machinery.private import *
 
 # %% ../nbs/99_all.ipynb #996a711e
 from .data.stamps import *

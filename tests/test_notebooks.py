@@ -13,8 +13,8 @@ from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 NBS = sorted(p.relative_to(ROOT) for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-CHAPTERS = [p for p in NBS if re.match(r'\d\d_', p.name)]
-MODULES = {p.stem[3:]: int(p.name[:2]) for p in CHAPTERS}
+CHAPTERS = [p for p in NBS if re.match(r'\d\d[a-z]?_', p.name)]  # letters, as in fastai, where a number was taken
+MODULES = {p.stem.partition('_')[2]: p.stem.partition('_')[0] for p in CHAPTERS}  # module -> number
 # the floors of the house, from the ground up; the parts on one floor do not know each other
 FLOORS = [
     {'signal', 'machinery'},
@@ -31,6 +31,11 @@ FLOORS = [
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 LARGEST = 300_000  # bytes of a notebook with its figures
 LONGEST = 40  # lines of an exported cell, blank ones not counted
+
+
+def module_of(path):
+    "The module that a chapter exports"
+    return path.stem.partition('_')[2]
 
 
 def read(path):
@@ -86,7 +91,7 @@ def test_these_two_notice_a_change(project):
     nb.cells.append(new_code_cell('#| export\ndef one_more(): return 1'))
     nbformat.write(nb, path)
     nbdev('nbdev_export', project)
-    assert f'{CHAPTERS[0].stem[3:].replace(".", "/")}.py' in differences('mri_unlearn', project)
+    assert f'{module_of(CHAPTERS[0]).replace(".", "/")}.py' in differences('mri_unlearn', project)
     before = path.read_bytes()
     nbdev('nbdev_clean', project)
     assert path.read_bytes() != before
@@ -184,10 +189,10 @@ def wrong_outputs(nb):
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 def test_chapter(path):
     nb = read(path)
-    part = path.stem[3:].split('.')[0]
+    part = module_of(path).split('.')[0]
     assert [
         *wrong_opening(nb),
-        *wrong_order(nb, int(path.name[:2])),
+        *wrong_order(nb, MODULES[module_of(path)]),
         *wrong_floor(nb, part),
         *wrong_end(nb),
         *wrong_cells(nb),
@@ -197,7 +202,7 @@ def test_chapter(path):
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 def test_summary_is_the_docstring(path):
     summary = re.search(r'^> (.+)$', read(path).cells[0].source, flags=re.M)[1]
-    module = ROOT / 'mri_unlearn' / f'{path.stem[3:].replace(".", "/")}.py'
+    module = ROOT / 'mri_unlearn' / f'{module_of(path).replace(".", "/")}.py'
     assert ast.get_docstring(ast.parse(module.read_text(encoding='utf-8'))).strip() == summary.strip()
 
 
@@ -222,7 +227,7 @@ def test_the_checks_notice_what_is_wrong():
         ]
     )
     assert len(wrong_opening(bad)) == 2 and wrong_end(bad) and wrong_cells(bad)
-    assert wrong_order(bad, 0) == ['show.plots'] * 2 and wrong_order(bad, 99) == []
+    assert wrong_order(bad, '00') == ['show.plots'] * 2 and wrong_order(bad, '99') == []
     assert (
         wrong_floor(bad, 'verdict') == wrong_floor(bad, 'data') == ['show.plots']
         and wrong_floor(bad, 'experiment') == wrong_floor(bad, 'show') == []
@@ -258,7 +263,7 @@ def test_no_public_name_has_two_meanings():
     "`from mri_unlearn.all import *` brings each name once; the commands, which are not part of it, may repeat one"
     where = {}
     for path in CHAPTERS:
-        if FLOOR[path.stem[3:].split('.')[0]] < FLOOR['command']:
+        if FLOOR[module_of(path).split('.')[0]] < FLOOR['command']:
             for name in set(public_names(path)):
                 where.setdefault(name, []).append(path.stem)
     assert {n: p for n, p in where.items() if len(p) > 1 and not n.startswith('_')} == {}
