@@ -27,6 +27,7 @@ from .data.meta import *
 from .data.volumes import *
 from .data.inspect import *
 from .data.request import *
+from .data.people import *
 from .data.slices import *
 from .data.loaders import *
 
