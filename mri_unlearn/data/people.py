@@ -24,7 +24,7 @@ PERSONAL |= dict(path='place', folder='place')  # column -> kind of name
 _EDGE = '.,;:!?…'  # what may follow a name in a sentence
 _WORD = re.compile(r"""[^\s'"(){}\[\]<>|=,;]+""")
 
-# %% ../../nbs/30a_data.people.ipynb #eb7e1c2d
+# %% ../../nbs/30a_data.people.ipynb #690b55ae
 def _hide(node, quoted, name_of, hidden):
     "Replace text in a comparison or call that names a personal column; `hidden`: what was replaced, by `id`"
     columns = {quoted.get(n.id, n.id) for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -34,23 +34,15 @@ def _hide(node, quoted, name_of, hidden):
             part.value = name_of(kind, part.value)
             hidden.add(id(part))
 
-
-class Veil:
-    "Puts pseudonyms in place of names of people, studies, scans and places; without `pseudonyms` names stay"
+# %% ../../nbs/30a_data.people.ipynb #529015eb
+class _Names:
+    "Names and what stands for them"
 
     def __init__(
         self,
         pseudonyms: Pseudonyms = None,  # None: nothing is replaced
     ):
         self.pseudonyms, self.names = pseudonyms, {}  # names: as written -> pseudonym
-
-    @classmethod
-    def with_key(
-        cls,
-        path=None,  # file of the key; None: that of `machinery.private.key_path`, made where there is none
-    ) -> 'Veil':
-        "A veil with the key in a file"
-        return cls(Pseudonyms(read_key(path)))
 
     @property
     def key(self) -> str:  # '' without pseudonyms
@@ -85,6 +77,10 @@ class Veil:
         self.names.setdefault(name, self.of(kind, name))
         if kind == 'scan':
             self.names.setdefault(PurePath(name).stem, self.of(kind, name))
+
+# %% ../../nbs/30a_data.people.ipynb #4e511484
+class _Texts(_Names):
+    "Names within texts"
 
     @cached_property
     def _spaced(self):
@@ -126,21 +122,9 @@ class Veil:
             return [self.data(v) for v in data]
         return self.text(data) if isinstance(data, str) else data
 
-    def table(
-        self,
-        table: pd.DataFrame,  # an index, scores, or any table with some of the columns of `PERSONAL`
-    ) -> pd.DataFrame:  # a copy
-        "A table with pseudonyms in the columns that name people, and in other texts"
-        if not self.pseudonyms:
-            return table
-        shown = table.copy()
-        for column in table:
-            if column in PERSONAL:
-                shown[column] = [self.of(PERSONAL[column], v) if pd.notna(v) else v for v in table[column]]
-            elif self.names and pd.api.types.infer_dtype(table[column], skipna=True) == 'string':
-                shown[column] = [self.text(v) if isinstance(v, str) else v for v in table[column]]
-        shown.attrs = {k: v for k, v in table.attrs.items() if k not in ('skipped', 'folders')}
-        return shown
+# %% ../../nbs/30a_data.people.ipynb #10c70c97
+class _Requests(_Texts):
+    "Names within requests and tables"
 
     def query(
         self,
@@ -165,3 +149,31 @@ class Veil:
         "What tells one index from another: people, scans and sizes, whatever their order and place on disk"
         rows = zip(index.patient_id, index.fname, index.organ, index.slices)
         return data_digest(sorted([self.of('person', p), self.of('scan', f), str(o), int(n)] for p, f, o, n in rows))
+
+# %% ../../nbs/30a_data.people.ipynb #580dff95
+class Veil(_Requests):
+    "Puts pseudonyms in place of names of people, studies, scans and places; without `pseudonyms` names stay"
+
+    @classmethod
+    def with_key(
+        cls,
+        path=None,  # file of the key; None: that of `machinery.private.key_path`, made where there is none
+    ) -> 'Veil':
+        "A veil with the key in a file"
+        return cls(Pseudonyms(read_key(path)))
+
+    def table(
+        self,
+        table: pd.DataFrame,  # an index, scores, or any table with some of the columns of `PERSONAL`
+    ) -> pd.DataFrame:  # a copy
+        "A table with pseudonyms in the columns that name people, and in other texts"
+        if not self.pseudonyms:
+            return table
+        shown = table.copy()
+        for column in table:
+            if column in PERSONAL:
+                shown[column] = [self.of(PERSONAL[column], v) if pd.notna(v) else v for v in table[column]]
+            elif self.names and pd.api.types.infer_dtype(table[column], skipna=True) == 'string':
+                shown[column] = [self.text(v) if isinstance(v, str) else v for v in table[column]]
+        shown.attrs = {k: v for k, v in table.attrs.items() if k not in ('skipped', 'folders')}
+        return shown
