@@ -53,12 +53,14 @@ from .network.unet import *
 from .network.varnet import *
 from .network.metrics import *
 from .network.checkpoint import *
+from .network.lineage import *
 from .network.weights import *
 from .network.finite import *
 from .network.learner import *
 
 # %% ../nbs/99_all.ipynb #29449eb8
 from .unlearn.catalog import *
+from .unlearn.pool import *
 from .unlearn.core import *
 from .unlearn.by_hand import *
 from .unlearn.paper import *

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..data.slices import Targets
 from ..machinery.disk import DataError, atomic_path
+from .lineage import KeepOut
 from .finite import StayFinite, check_images, check_rate
 from .metrics import nmse, paper_loss_slices, psnr, ssim
 from .weights import new_unet, new_varnet
@@ -242,7 +243,7 @@ def recon_learner(
     metrics = volume_metrics() if metrics is None else metrics
     opt_func = kwargs.pop('opt_func', Adam)
     learn = Learner(dls, model, loss_func=loss, lr=lr, metrics=metrics, opt_func=opt_func, **kwargs)
-    return learn.add_cb(StayFinite())
+    return learn.add_cbs([StayFinite(), KeepOut()])
 
 # %% ../../nbs/40_network.learner.ipynb #97f1e521
 _STATE = {'epoch', 'model', 'losses', 'state', 'hypers', 'work'}  # what the file of a state holds

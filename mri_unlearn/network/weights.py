@@ -8,7 +8,7 @@ __all__ = ['MARKS', 'WRAPPING', 'WRAPPERS', 'seeded', 'new_unet', 'new_varnet', 
 
 # %% ../../nbs/38_network.weights.ipynb #5c93caea
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..data.slices import INPUTS
 from ..machinery.disk import DataError, atomic_path
-from .checkpoint import check_weight, contents, read_tables
+from .checkpoint import check_weight, contents, lineage_in, read_tables
+from .lineage import LINEAGE, lineage_text, mark_forgotten, read_lineage
 from .unet import UNet
 from .varnet import VarNet
 
@@ -71,8 +72,11 @@ def save_weights(
             'the first): the training diverged; try a lower learning rate'
         )
     # an open file: torch writes the name of a path into the file, and this one is another each time
+    state, said = OrderedDict((k, v.detach().cpu()) for k, v in model.state_dict().items()), lineage_text(model)
+    if said:
+        state._metadata = {LINEAGE: said}  # beside the tensors, where programs that load them look for nothing
     with atomic_path(path) as tmp, open(tmp, 'wb') as file:
-        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, file)
+        torch.save(state if said else dict(state), file)
 
 # %% ../../nbs/38_network.weights.ipynb #8c3039e6
 def _unet_args(state, prefix=''):
@@ -226,6 +230,7 @@ def load_network(
         names = [*left, *beside]
         more = f' and {len(names) - 4} more' if len(names) > 4 else ''
         warnings.warn(f'{path}: left out what is no part of the {kind.__name__}: {", ".join(names[:4])}{more}')
+    mark_forgotten(model, *(entry for text in lineage_in(path) for entry in read_lineage(text, path)))
     return model.eval()
 
 # %% ../../nbs/38_network.weights.ipynb #4de253ed
