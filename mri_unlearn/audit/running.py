@@ -133,8 +133,9 @@ def scored(
     after,  # network
     veil,  # of the record
     forgotten_pictures: bool = False,  # draw the scans to be forgotten, too
+    keep: bool = True,  # write scores and pictures
 ):  # DataFrame, with pseudonyms
-    "Score the networks of a request, draw what may be shown, and keep the scores"
+    "Score the networks of a request; draw what may be shown, and keep the scores"
     sides = ['forget_train', 'forget_test', 'retain_test']
     sides += [] if (splits.split == 'retain_test').any() else ['retain_train']
     rows = splits[splits.split.isin(sides)]
@@ -143,6 +144,8 @@ def scored(
     networks |= {('oracle', '', i): network_of_job(job, path) for i, path in enumerate(job.oracles)}
     pictures = _Pictures(shown)
     scores = score_networks(networks, rows, mask_of_job(job), num_workers=job.workers, device=job.device, each=pictures)
+    if not keep:
+        return veil.table(scores)
     for split, what in dict(retain_test='retained', retain_train='retained', forget_train='forgotten').items():
         pictures.draw(folder, scores, split, what)
     scores = veil.table(scores)
