@@ -192,9 +192,10 @@ def finalise_request(
     with locked(folder, 'another run of this request'):
         left = _left(job, check, veil)
         deleted = _deleted(folder, ('before.pt', 'done.json', 'figures/forgotten_*.png'))
-        for table in sorted(cache_folder().glob('index-*.json')):
+        tables = sorted(cache_folder().glob('index-*.json'))
+        for table in tables:
             table.unlink(missing_ok=True)
-            deleted.append(dict(what='a table in the cache of the index', state='deleted'))
+        deleted += [dict(what=f'{len(tables)} tables in the cache of the index', state='deleted')] * bool(tables)
         entry = add_entry(folder, 'finalise', 'finalised', deleted=deleted, left=left, versions=versions())
         forget_places(record['request'], key)
     return entry
