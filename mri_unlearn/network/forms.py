@@ -121,7 +121,7 @@ def _as_complex(answer):
         return answer
     return torch.view_as_complex(answer.float().contiguous()) if answer.shape[-1] == 2 else answer.float()
 
-# %% ../../nbs/39a_network.forms.ipynb #a0d4d1b5
+# %% ../../nbs/39a_network.forms.ipynb #0ca77d0a
 def _one_magnitude(answer, gives):
     "float [B, h, w] of an answer that is what `gives` says; None where it cannot be"
     x = answer if gives in ('two channels', 'magnitude') else _as_complex(answer)
@@ -136,7 +136,7 @@ def _one_magnitude(answer, gives):
         return None
     return rss(ifft2c(x) if gives == 'kspace' else x, dim=1)
 
-
+# %% ../../nbs/39a_network.forms.ipynb #5acc368d
 def magnitude_of(
     answer,  # of a network
     shape: tuple,  # (B, coils, H, W) of the k-space of its batch
