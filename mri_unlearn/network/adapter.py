@@ -292,7 +292,10 @@ def _check_train(model, x, y, input, rows):
         said.append(f'keeps statistics of the slices it is trained on, forgotten ones too: {", ".join(moved[:4])}')
     return said + _check_gradients(name, network)
 
-# %% ../../nbs/40a_network.adapter.ipynb #6c9e1c50
+# %% ../../nbs/40a_network.adapter.ipynb #90033660
+#| export
+
+# %% ../../nbs/40a_network.adapter.ipynb #ab6eeffb
 def _check_alone(model, x):
     "What an answer depends on beside its slice, in words; raises `DataError` for random numbers"
     name = type(unwrapped(model)).__name__
