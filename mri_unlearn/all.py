@@ -53,6 +53,7 @@ from .network.varnet import *
 from .network.metrics import *
 from .network.checkpoint import *
 from .network.weights import *
+from .network.lightning import *
 from .network.finite import *
 from .network.learner import *
 

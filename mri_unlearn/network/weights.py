@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..data.slices import INPUTS
-from ..machinery.disk import DataError, atomic_path
-from .checkpoint import check_weight, contents, read_tables
+from ..machinery.disk import DataError
+from .checkpoint import check_weight, contents, read_tables, write_tensors
 from .unet import UNet
 from .varnet import VarNet
 
@@ -61,7 +61,7 @@ def not_finite(
 
 def save_weights(
     model: nn.Module,  # any network
-    path,  # .pt file; appears whole or not at all
+    path,  # .pt or .safetensors file; appears whole or not at all
 ):
     "Write the state_dict of `model`; raises `DataError` for weights that are not finite, and leaves the file as it is"
     bad = not_finite(model)
@@ -70,9 +70,7 @@ def save_weights(
             f'{path}: not written, for {len(bad)} weights of the network hold values that are not finite ({bad[0]} is '
             'the first): the training diverged; try a lower learning rate'
         )
-    # an open file: torch writes the name of a path into the file, and this one is another each time
-    with atomic_path(path) as tmp, open(tmp, 'wb') as file:
-        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, file)
+    write_tensors(model.state_dict(), path)
 
 # %% ../../nbs/38_network.weights.ipynb #8c3039e6
 def _unet_args(state, prefix=''):
