@@ -56,6 +56,7 @@ from .network.weights import *
 from .network.lightning import *
 from .network.finite import *
 from .network.learner import *
+from .network.resume import *
 
 # %% ../nbs/99_all.ipynb #29449eb8
 from .unlearn.catalog import *
