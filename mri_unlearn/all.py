@@ -28,6 +28,7 @@ from .data.volumes import *
 from .data.inspect import *
 from .data.request import *
 from .data.slices import *
+from .data.answers import *
 from .data.loaders import *
 
 # %% ../nbs/99_all.ipynb #c4500077
