@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ReconLoss', 'losses_of_images', 'PlainLoss', 'as_loss', 'VolumeStore', 'VolumeMetric', 'volume_metrics', 'WorkMeter',
-           'SkipValidation', 'ProgressBar', 'recon_learner', 'Tick']
+           'SkipValidation', 'TableColumns', 'ProgressBar', 'recon_learner', 'Tick']
 
 # %% ../../nbs/40_network.learner.ipynb #89abb31c
 import inspect
@@ -15,9 +15,12 @@ from functools import partial
 
 import torch
 from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import *  # patches fit_one_cycle and lr_find onto Learner
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, Metric, Recorder
 from fastai.optimizer import Adam
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 from tqdm import tqdm
@@ -166,6 +169,8 @@ class VolumeStore:
     def add(self, learn):
         if self.last is learn.yb:
             return  # another metric brought this batch already
+        if not hasattr(learn.dl, 'dataset'):
+            return  # a batch by itself, of which `show_results` asks an answer
         self.last, y = learn.yb, Targets(*learn.yb)
         images, self.rows = to_image(learn.pred, y, learn.dls.train_ds.input), learn.dl.dataset.rows
         check_images(images, y, self.rows)
@@ -236,10 +241,39 @@ class WorkMeter(Callback):
 
 # %% ../../nbs/40_network.learner.ipynb #55fc0fa7
 class SkipValidation(Callback):
-    "No validation between epochs"
+    "No validation between epochs, unless another callback looks at what it says, such as `EarlyStoppingCallback`"
+
+    wanted_by = TrackerCallback, ShowGraphCallback
+
+    def skips(self):
+        "Whether nobody looks"
+        return not any(isinstance(cb, self.wanted_by) for cb in self.learn.cbs)
 
     def before_validate(self):
-        raise CancelValidException
+        if self.skips():
+            raise CancelValidException
+
+
+class TableColumns(Callback):
+    "Keeps fastai's table true: no columns of a validation that is skipped, and a column for each term of the loss"
+
+    order = Recorder.order + 2  # before what reads the names: loggers and trackers
+
+    def before_fit(self):
+        if not hasattr(self.learn, 'progress') and any(isinstance(cb, ShowGraphCallback) for cb in self.learn.cbs):
+            raise DataError("ShowGraphCallback draws into fastai's bar, which is off here; take CSVLogger for a curve")
+        names = list(self.recorder.metric_names)
+        if hasattr(self.learn, 'skip_validation') and self.skip_validation.skips():
+            names = ['epoch', 'train_loss', *(['time'] if self.recorder.add_time else [])]
+        several = hasattr(self.learn, 'loss_terms')  # of an unlearning
+        terms = [type(cb).__name__ for cb in self.learn.cbs if callable(getattr(cb, 'term', None))] if several else []
+        self.terms = list(dict.fromkeys(terms))
+        last = len(names) - self.recorder.add_time  # fastai looks for the loss of a validation in the second place
+        self.recorder.metric_names = L([*names[:last], *self.terms, *names[last:]])
+
+    def after_validate(self):
+        found = self.loss_terms.history[-1] if self.terms else {}
+        self.recorder.log += [found.get(name) for name in self.terms]
 
 # %% ../../nbs/40_network.learner.ipynb #0bb4b7b5
 class ProgressBar(Callback):
@@ -288,11 +322,11 @@ def recon_learner(
     input = dls.train_ds.input
     if model is None:
         model = new_unet(0) if input == 'image' else new_varnet(0)
-    loss = as_loss(loss, input)
+    loss = as_loss(kwargs.pop('loss_func', loss), input)  # fastai's name for it
     metrics = volume_metrics() if metrics is None else metrics
     opt_func = kwargs.pop('opt_func', Adam)
     learn = Learner(dls, model, loss_func=loss, lr=lr, metrics=metrics, opt_func=opt_func, **kwargs)
-    return learn.add_cb(StayFinite())
+    return learn.add_cbs([StayFinite(), TableColumns()])
 
 # %% ../../nbs/40_network.learner.ipynb #5daa2598
 class Tick(Callback):
