@@ -119,6 +119,15 @@ from .experiment.requests import *
 from .experiment.outcomes import *
 from .experiment.study import *
 from .experiment.outlook import *
+from .audit.record import *
+from .audit.matching import *
+from .audit.measure import *
+from .audit.job import *
+from .audit.checking import *
+from .audit.running import *
+from .audit.after import *
+from .audit.page import *
+from .audit.view import *
 
 # %% ../nbs/99_all.ipynb #95171fe4
 __all__ = [name for name in globals() if not name.startswith('_')]
