@@ -295,7 +295,7 @@ def _check_train(model, x, y, input, rows):
 # %% ../../nbs/40a_network.adapter.ipynb #90033660
 #| export
 
-# %% ../../nbs/40a_network.adapter.ipynb #ab6eeffb
+# %% ../../nbs/40a_network.adapter.ipynb #e1ac7078
 def _check_alone(model, x):
     "What an answer depends on beside its slice, in words; raises `DataError` for random numbers"
     name = type(unwrapped(model)).__name__
@@ -315,7 +315,7 @@ def _check_alone(model, x):
     mixed = any((answer[0] - alone[0]).abs().max() > rounding for answer in (both, beside))
     return ['mixes the slices of a batch: an answer depends on what else is in it'] if mixed else []
 
-
+# %% ../../nbs/40a_network.adapter.ipynb #ece56c89
 def check_network(
     model: nn.Module,  # any network, with its adapter if it needs one; is not changed
     batch,  # loaders, a `ReconDL`, or a batch of one: the inputs of the network, then `Targets`
