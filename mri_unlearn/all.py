@@ -57,10 +57,14 @@ from .network.lineage import *
 from .network.weights import *
 from .network.finite import *
 from .network.learner import *
+from .network.parts import *
+from .network.fresh import *
+from .network.patches import *
 
 # %% ../nbs/99_all.ipynb #29449eb8
 from .unlearn.catalog import *
 from .unlearn.pool import *
+from .unlearn.watch import *
 from .unlearn.core import *
 from .unlearn.by_hand import *
 from .unlearn.paper import *
@@ -70,6 +74,7 @@ from .unlearn.targets import *
 from .unlearn.dampening import *
 from .unlearn.level import *
 from .unlearn.path import *
+from .unlearn.spare import *
 from .unlearn.aim import *
 from .unlearn.proxy import *
 from .unlearn.method_checks import *
