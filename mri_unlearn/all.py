@@ -55,8 +55,12 @@ from .network.metrics import *
 from .network.checkpoint import *
 from .network.lineage import *
 from .network.weights import *
+from .network.own_weights import *
+from .network.forms import *
+from .network.factory import *
 from .network.finite import *
 from .network.learner import *
+from .network.adapter import *
 from .network.parts import *
 from .network.fresh import *
 from .network.patches import *

@@ -35,12 +35,21 @@ def one_channel(
     pred: torch.Tensor,  # a network's answer, [B, 1, h, w] or [B, h, w]
 ) -> torch.Tensor:  # float [B, h, w]
     "Answers of a network without their channel axis; raises ValueError for any other shape"
-    if pred.is_complex() or pred.ndim not in (3, 4) or (pred.ndim == 4 and pred.shape[1] != 1):
+    tensor = isinstance(pred, torch.Tensor)
+    if not tensor or pred.is_complex() or pred.ndim not in (3, 4) or (pred.ndim == 4 and pred.shape[1] != 1):
+        found = f'{pred.dtype} {tuple(pred.shape)}' if tensor else type(pred).__name__
         raise ValueError(
-            f'expected real images [B, 1, h, w] or [B, h, w] as the answer of a network, '
-            f'found {pred.dtype} {tuple(pred.shape)}'
+            f'expected real images [B, 1, h, w] or [B, h, w] as the answer of a network, found {found}; '
+            'network.adapter.adapted(model, takes=, gives=) makes them of other forms'
         )
     return pred.float().squeeze(1) if pred.ndim == 4 else pred.float()
+
+
+def _as_large(image, target):
+    "`image`, if it is as large as the target: another one might be repeated until it is"
+    if image.shape != target.shape:
+        raise ValueError(f'expected images {tuple(target.shape)} of a network, found {tuple(image.shape)}')
+    return image
 
 
 def to_image(
@@ -52,7 +61,7 @@ def to_image(
     image = one_channel(pred)
     if input == 'kspace':
         return center_crop(image, y.target.shape[-2:])
-    return image * y.std[:, None, None] + y.mean[:, None, None]
+    return _as_large(image, y.target) * y.std[:, None, None] + y.mean[:, None, None]
 
 # %% ../../nbs/40_network.learner.ipynb #36a30111
 class ReconLoss:
@@ -82,7 +91,7 @@ class ReconLoss:
         if self.kind == 'ssim' or self.input == 'kspace':
             return self.of_images(to_image(pred, y, self.input), *yb)
         target = ((y.target - y.mean[:, None, None]) / y.std[:, None, None]).clamp(-6, 6)
-        return (one_channel(pred) - target).abs().mean((1, 2))
+        return (_as_large(one_channel(pred), target) - target).abs().mean((1, 2))
 
     def __call__(self, pred, *yb):
         return self.per_item(pred, *yb).mean()

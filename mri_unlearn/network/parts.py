@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BOTTLENECK', 'SENSITIVITY', 'PARTS', 'CONVOLUTIONS', 'TRANSPOSED', 'KINDS', 'check_part', 'has_fastmri_names',
-           'Layer', 'layers_of', 'wrappers_of', 'parts_of', 'names_in', 'modules_in', 'weights_in', 'encoder_end_names',
-           'last_names', 'shape_of']
+           'Layer', 'answering', 'layers_of', 'wrappers_of', 'parts_of', 'names_in', 'modules_in', 'weights_in',
+           'encoder_end_names', 'last_names', 'shape_of']
 
-# %% ../../nbs/42_network.parts.ipynb #6cb1ccac
+# %% ../../nbs/42_network.parts.ipynb #9eb8f24d
 import math
 import re
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..machinery.disk import DataError
-from .weights import MARKS, input_of, seeded, unwrapped
+from .weights import MARKS, Wrapper, chain_of, input_of, seeded, unwrapped
 
 # %% ../../nbs/42_network.parts.ipynb #ab3a9287
 BOTTLENECK, SENSITIVITY = r'(^|\.)conv\.layers', r'(^|\.)sens_net\.'
@@ -95,7 +95,14 @@ def _owns(module):
 def _is_norm(module):
     return 'norm' in type(module).__name__.lower() or isinstance(module, nn.PReLU)
 
-# %% ../../nbs/42_network.parts.ipynb #fd938bca
+# %% ../../nbs/42_network.parts.ipynb #1edb89cd
+def answering(
+    model: nn.Module,  # any network, wrapped or not
+) -> nn.Module:  # its `Wrapper`, if it has one, else the network itself
+    "What answers a batch of the loaders without torch.compile and DataParallel, which keep hooks from what is inside"
+    return next((m for m in chain_of(model) if isinstance(m, Wrapper)), unwrapped(model))
+
+
 def _watch(network, batch, layers):
     "Note order and size of the outputs of the layers in one forward pass, and leave the network as it was"
     calls, modes = [], [(module, module.training) for module in network.modules()]
@@ -124,8 +131,8 @@ def layers_of(
     batch: tuple = None,  # inputs for one forward pass; None: the order is that of registration
 ) -> list:  # of `Layer`, in the order in which they work
     "The layers that multiply, each with the normalisations that follow it"
-    network, layers, last, waiting = unwrapped(model), [], None, []
-    for name, module in network.named_modules():
+    layers, last, waiting = [], None, []
+    for name, module in unwrapped(model).named_modules():
         if last and name.startswith(f'{last.name}.') or (last and not last.name):
             continue  # inside of a layer
         layer = _as_layer(name, module)
@@ -135,13 +142,12 @@ def layers_of(
         elif _is_norm(module) and _owns(module):
             (last.norms if last else waiting).append(name)  # before the first layer: goes with that one
     if batch is not None:
-        _watch(network, batch, layers)
-    for i, layer in enumerate(layers):
-        if layer.call < 0 and batch is not None:  # never called by itself: after the one it was registered after
-            layer.call = layers[i - 1].call if i else 0
+        _watch(answering(model), batch, layers)
+        for before, layer in zip(layers, layers[1:]):  # never called by itself: after the one it was registered after
+            layer.call = before.call if layer.call < 0 else layer.call
     return sorted(layers, key=lambda layer: layer.call)
 
-# %% ../../nbs/42_network.parts.ipynb #fa1eeda6
+# %% ../../nbs/42_network.parts.ipynb #df380680
 _COILS = re.compile(r'(^|[._])(sens|coil|csm|smap|espirit)', re.IGNORECASE)
 
 
@@ -158,9 +164,10 @@ def _same_networks(module, name, layers):
     return [prefix for group in groups.values() if len(group) > 1 for prefix in group]
 
 
-def _segments(network, layers):
+def _segments(model, layers):
     "The layers of each network within the network, one after the other; without those that only prepare the scan"
-    if input_of(network) == 'kspace':
+    network = unwrapped(model)
+    if input_of(model) == 'kspace':
         layers = [layer for layer in layers if not _COILS.search(layer.name)] or layers
     for name, module in network.named_modules() if layers else ():
         prefixes = _same_networks(module, name, layers)
@@ -172,7 +179,7 @@ def _segments(network, layers):
             return [*blocks, *([after] if after else [])]
     return [layers] if layers else []
 
-# %% ../../nbs/42_network.parts.ipynb #b18256d8
+# %% ../../nbs/42_network.parts.ipynb #dd1b3c80
 def _bottom(layers):
     "(index of the deepest layer, whether it gets deeper at all, whether each layer is deep)"
     widths, sizes = [la.width for la in layers], [la.pixels for la in layers if la.pixels]
@@ -196,9 +203,9 @@ def _middle(layers):
     return found or layers[aside : len(layers) - aside]
 
 
-def _by_structure(network, batch):
+def _by_structure(model, batch):
     "part -> `Layer`s"
-    segments = _segments(network, layers_of(network, batch))
+    segments = _segments(model, layers_of(model, batch))
     layers, ends = [layer for segment in segments for layer in segment], [_bottom(s)[0] + 1 for s in segments]
     middle = [layer for segment in segments for layer in _middle(segment)]
     return dict(
@@ -208,14 +215,12 @@ def _by_structure(network, batch):
         convolutions=[layer for layer in layers if layer.kind == 'convolution'],
     )
 
-# %% ../../nbs/42_network.parts.ipynb #f3b77ae7
+# %% ../../nbs/42_network.parts.ipynb #929fde65
 def wrappers_of(
     model: nn.Module,  # any network, wrapped or not
 ) -> list:  # of modules: the wrappers, outermost first, then the network, then the only one inside it that has weights
     "All modules that stand for a whole network, each within the one before"
-    found = [model]
-    while found[-1] is not unwrapped(model):
-        found.append(next(m for m in found[-1].children() if unwrapped(m) is unwrapped(model)))
+    found = list(chain_of(model))
     while not _owns(found[-1]) and not isinstance(found[-1], (nn.Sequential, nn.ModuleList)):
         inner = [m for m in found[-1].children() if any(_owns(n) for n in m.modules())]
         if len(inner) != 1:
@@ -233,8 +238,8 @@ def _own_parts(model):
         if isinstance(said, dict):
             odd = [part for part in said if part not in PARTS or part == 'all']
             if odd:
-                known = ', '.join(part for part in PARTS if part != 'all')
-                raise DataError(f'{type(host).__name__}.parts names a part {odd[0]!r}: expected some of {known}')
+                known = 'expected some of middle, encoder, decoder, convolutions'
+                raise DataError(f'{type(host).__name__}.parts names a part {odd[0]!r}: {known}')
             return said, names.get(host, '')
     return {}, ''
 
@@ -254,7 +259,7 @@ def _named(network, said, begin, part):
         found |= there
     return [name for name in names if name in found]
 
-# %% ../../nbs/42_network.parts.ipynb #15f0a8b4
+# %% ../../nbs/42_network.parts.ipynb #9fdf531e
 def parts_of(
     model: nn.Module,  # any network, wrapped or not
     batch: tuple = None,  # inputs for one forward pass, which says in which order the layers work; None: as registered
@@ -268,7 +273,7 @@ def parts_of(
         found = {part: [n for n in names if not re.search(SENSITIVITY, n)] for part, names in named.items()}
     else:
         found = {}
-        for part, layers in _by_structure(network, batch).items():
+        for part, layers in _by_structure(model, batch).items():
             found[part] = [name for layer in layers for name in (layer.name, *layer.norms)]
     found |= {part: _named(network, words, begin, part) for part, words in said.items()}
     return found | dict(all=everything)
@@ -311,7 +316,7 @@ def weights_in(
     "The weights of one part; raises `DataError` as `names_in` does"
     return {id(p) for _, module in modules_in(model, part, batch) for p in module.parameters(recurse=False)}
 
-# %% ../../nbs/42_network.parts.ipynb #161a9d0f
+# %% ../../nbs/42_network.parts.ipynb #d44e5544
 def encoder_end_names(
     model: nn.Module,  # any network, wrapped or not
     batch: tuple = None,  # as in `parts_of`
@@ -320,10 +325,8 @@ def encoder_end_names(
     said, begin = _own_parts(model)
     if 'encoder' in said:
         return _named(unwrapped(model), said['encoder'], begin, 'encoder')[-1:]
-    segments = _segments(unwrapped(model), layers_of(model, batch))
-    if not segments:
-        names_in(model, 'encoder', batch)  # says what is missing
-    return [segment[_bottom(segment)[0]].name for segment in segments]
+    names_in(model, 'encoder', batch)  # complains where there is none
+    return [segment[_bottom(segment)[0]].name for segment in _segments(model, layers_of(model, batch))]
 
 
 def last_names(
@@ -331,7 +334,7 @@ def last_names(
     batch: tuple = None,  # as in `parts_of`
 ) -> list:  # of lists of names, in the order in which they work
     "The blocks of an unrolled network, or the single layers of any other, normalisations included"
-    segments = _segments(unwrapped(model), layers_of(model, batch))
+    segments = _segments(model, layers_of(model, batch))
     groups = segments if len(segments) > 1 else [[layer] for segment in segments for layer in segment]
     return [[name for layer in group for name in (layer.name, *layer.norms)] for group in groups]
 
@@ -341,7 +344,5 @@ def shape_of(
     batch: tuple = None,  # as in `parts_of`
 ) -> str:  # 'unrolled', 'U-shaped' or 'plain'
     "What kind of network it is, by structure"
-    segments = _segments(unwrapped(model), layers_of(model, batch))
-    if len(segments) > 1:
-        return 'unrolled'
-    return 'U-shaped' if segments and _bottom(segments[0])[1] else 'plain'
+    segments = _segments(model, layers_of(model, batch))
+    return 'unrolled' if len(segments) > 1 else 'U-shaped' if segments and _bottom(segments[0])[1] else 'plain'

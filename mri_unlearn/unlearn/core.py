@@ -23,6 +23,7 @@ from fastai.learner import CastToTensor, Learner, Recorder
 from ..data.loaders import ReconDL
 from ..data.slices import SliceDataset, Targets
 from ..machinery.disk import DataError
+from ..network.adapter import check_foreign
 from ..network.finite import check_rate
 from ..network.learner import SkipValidation, recon_learner
 from .catalog import RECOMMENDED, Method, find_method
@@ -285,6 +286,7 @@ def unlearn(
     pool = unlearning_pool(learn, volumes, 1.0 if m.all_retain else retain_fraction, seed)
     callbacks = _callbacks(m, seed, settings)
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
+    check_foreign(student.model, student.dls.train)
     student.taught, student.known_volumes = taught_volumes(learn, volumes), volumes
     student.held_out = check_held_out(held_out, volumes)
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])

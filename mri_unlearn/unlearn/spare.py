@@ -13,8 +13,8 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from ..machinery.disk import DataError
+from ..network.parts import answering
 from ..network.patches import rows_to_weight, seen_vectors, sees_vectors, weight_rows
-from ..network.weights import unwrapped
 from .path import Settle
 from .teachers import FORWARD, outside, spend, timed
 
@@ -43,7 +43,7 @@ def input_moments(
     try:
         with torch.no_grad():
             for xb, _ in outside(learn, False, n):
-                unwrapped(learn.model)(*xb)
+                answering(learn.model)(*xb)
                 seen += 1
     finally:
         for hook in hooks:
