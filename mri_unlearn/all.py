@@ -29,6 +29,7 @@ from .data.inspect import *
 from .data.request import *
 from .data.people import *
 from .data.slices import *
+from .data.answers import *
 from .data.loaders import *
 
 # %% ../nbs/99_all.ipynb #c4500077
@@ -56,10 +57,12 @@ from .network.checkpoint import *
 from .network.lineage import *
 from .network.weights import *
 from .network.own_weights import *
+from .network.lightning import *
 from .network.forms import *
 from .network.factory import *
 from .network.finite import *
 from .network.learner import *
+from .network.resume import *
 from .network.adapter import *
 from .network.parts import *
 from .network.fresh import *
@@ -67,8 +70,8 @@ from .network.patches import *
 
 # %% ../nbs/99_all.ipynb #29449eb8
 from .unlearn.catalog import *
-from .unlearn.pool import *
 from .unlearn.watch import *
+from .unlearn.pool import *
 from .unlearn.core import *
 from .unlearn.by_hand import *
 from .unlearn.paper import *

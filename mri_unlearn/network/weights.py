@@ -8,7 +8,7 @@ __all__ = ['MARKS', 'WRAPPING', 'WRAPPERS', 'seeded', 'new_unet', 'new_varnet', 
 
 # %% ../../nbs/38_network.weights.ipynb #5c93caea
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..data.slices import INPUTS
-from ..machinery.disk import DataError, atomic_path
-from .checkpoint import check_weight, contents, lineage_in, read_tables
-from .lineage import LINEAGE, lineage_text, mark_forgotten, read_lineage
+from ..machinery.disk import DataError
+from .checkpoint import check_weight, contents, lineage_in, read_tables, write_tensors
+from .lineage import lineage_text, mark_forgotten, read_lineage
 from .unet import UNet
 from .varnet import VarNet
 
@@ -62,7 +62,7 @@ def not_finite(
 
 def save_weights(
     model: nn.Module,  # any network
-    path,  # .pt file; appears whole or not at all
+    path,  # .pt or .safetensors file; appears whole or not at all
 ):
     "Write the state_dict of `model`; raises `DataError` for weights that are not finite, and leaves the file as it is"
     bad = not_finite(model)
@@ -71,12 +71,7 @@ def save_weights(
             f'{path}: not written, for {len(bad)} weights of the network hold values that are not finite ({bad[0]} is '
             'the first): the training diverged; try a lower learning rate'
         )
-    # an open file: torch writes the name of a path into the file, and this one is another each time
-    state, said = OrderedDict((k, v.detach().cpu()) for k, v in model.state_dict().items()), lineage_text(model)
-    if said:
-        state._metadata = {LINEAGE: said}  # beside the tensors, where programs that load them look for nothing
-    with atomic_path(path) as tmp, open(tmp, 'wb') as file:
-        torch.save(state if said else dict(state), file)
+    write_tensors(model.state_dict(), path, lineage_text(model))
 
 # %% ../../nbs/38_network.weights.ipynb #8c3039e6
 def _unet_args(state, prefix=''):
