@@ -1,4 +1,4 @@
-"""Every method on networks that nobody here made: it works or says what it cannot do, and never does less in silence."""
+"""Every method on networks that nobody here made: it works or says what it cannot do, and never less in silence."""
 
 import warnings
 from functools import cache
