@@ -27,7 +27,9 @@ from .data.meta import *
 from .data.volumes import *
 from .data.inspect import *
 from .data.request import *
+from .data.people import *
 from .data.slices import *
+from .data.answers import *
 from .data.loaders import *
 
 # %% ../nbs/99_all.ipynb #c4500077
@@ -52,16 +54,24 @@ from .network.unet import *
 from .network.varnet import *
 from .network.metrics import *
 from .network.checkpoint import *
+from .network.lineage import *
 from .network.weights import *
 from .network.own_weights import *
+from .network.lightning import *
 from .network.forms import *
 from .network.factory import *
 from .network.finite import *
 from .network.learner import *
+from .network.resume import *
 from .network.adapter import *
+from .network.parts import *
+from .network.fresh import *
+from .network.patches import *
 
 # %% ../nbs/99_all.ipynb #29449eb8
 from .unlearn.catalog import *
+from .unlearn.watch import *
+from .unlearn.pool import *
 from .unlearn.core import *
 from .unlearn.by_hand import *
 from .unlearn.paper import *
@@ -71,6 +81,7 @@ from .unlearn.targets import *
 from .unlearn.dampening import *
 from .unlearn.level import *
 from .unlearn.path import *
+from .unlearn.spare import *
 from .unlearn.aim import *
 from .unlearn.proxy import *
 from .unlearn.method_checks import *

@@ -320,7 +320,7 @@ def settings_of(
 ) -> dict:  # of that method; may hold `lr`
     "Settings of one method from a file and from --set, which counts more; raises `DataError` where it takes others"
     from mri_unlearn.machinery.disk import DataError
-    from mri_unlearn.unlearn.catalog import check_settings
+    from mri_unlearn.unlearn.catalog import METHODS, check_settings, find_method
 
     settings = {}
     if args.method_settings:
@@ -329,8 +329,14 @@ def settings_of(
             there = ', '.join(found) or 'none'
             raise DataError(f'{args.method_settings}: holds no settings of {args.method}, only of: {there}')
         settings = found[args.method]
+    typed = list(args.set or ())
+    if getattr(args, 'level', None) is not None:
+        if 'level' not in find_method(args.method).settings:
+            able = ', '.join(name for name, method in METHODS.items() if 'level' in method.settings)
+            raise DataError(f'--level: {args.method} takes no level to end at; methods that do: {able}')
+        typed.append(('level', args.level))
     try:
-        settings = settings | _each_once(args.set or ())
+        settings = settings | _each_once(typed)
     except ValueError as e:
         raise DataError(f'--set: {e}') from e
     check_settings(args.method, settings)

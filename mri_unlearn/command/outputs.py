@@ -24,16 +24,22 @@ WEIGHTS = {'.pt', '.pth', '.ckpt', '.safetensors'}  # how files of weights end
 def holds_weights(
     path,  # existing file
 ) -> bool:
-    "Is it a state_dict, as `save_weights` writes it? A checkpoint with more in it is not"
+    "Is it a network as `save_network` writes it? A checkpoint with more in it is not"
     import torch
+    from safetensors import safe_open
 
     try:
+        if Path(path).suffix == '.safetensors':
+            with safe_open(path, 'pt') as file:
+                return bool(file.keys())
         found = torch.load(path, map_location='meta', weights_only=True)  # names and shapes, without the numbers
+        if found.get('mri_unlearn') is True:  # a Lightning checkpoint that was written here
+            found = found['state_dict']
     except Exception:  # torch raises many kinds for what it cannot read
         return False
     return isinstance(found, dict) and bool(found) and all(isinstance(v, torch.Tensor) for v in found.values())
 
-
+# %% ../../nbs/89_command.outputs.ipynb #c3f2591d
 def holds_columns(
     *columns,  # names that have to be there
 ):  # function of an existing file: is it a table with these columns?
@@ -163,12 +169,13 @@ def write_with_record(
     model,  # network
     out,  # file of its weights
     record: dict,  # what was done to it
+    like=None,  # file that the network came from, see `save_network`
 ) -> Path:  # of the record
     "Write weights and, beside them, their record: both, or none and what was there stays; `DataError` as `atomic_path`"
-    from mri_unlearn.network.weights import save_weights
+    from mri_unlearn.network.lightning import save_network
 
     path = record_beside(out)
     with atomic_path(path) as half:
         half.write_text(json.dumps(record | dict(file=Path(out).name), indent=1))
-        save_weights(model, out)
+        save_network(model, out, like)
     return path

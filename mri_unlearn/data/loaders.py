@@ -15,8 +15,10 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
 
+from .answers import show_targets, to_image
 from .request import ForgetRequest
-from .slices import KspaceTransform, ReconTransform, SliceDataset, as_image, sampled
+from .slices import KspaceTransform, ReconTransform, SliceDataset, Targets, as_image, sampled
+from ..machinery.disk import DataError
 from ..signal.masks import mask_func
 
 # %% ../../nbs/32_data.loaders.ipynb #aa063e49
@@ -81,9 +83,21 @@ class _EpochDL(TfmdDL):
         return next(iter(self.new(num_workers=0, order=self.order)))
 
     def new(self, dataset=None, cls=None, **kwargs):
+        dataset = None if dataset is None else self.as_dataset(dataset)
         new = super().new(dataset, cls, **{'bs': self.size, 'seed': self.seed, 'order': None, **kwargs})
         new.epoch = max(self.epoch - 1, -1)  # its first epoch is the present one
         return new
+
+    def as_dataset(self, volumes):
+        "What fastai's `test_dl` was given, as slices; raises `DataError` for what are no volumes"
+        if isinstance(volumes, SliceDataset):
+            return volumes
+        if isinstance(volumes, pd.DataFrame):
+            return SliceDataset(volumes, self.dataset.mask, input=self.dataset.input)
+        raise DataError(
+            f'a loader takes volumes, rows of index_volumes, found {type(volumes).__name__}: ask for whole volumes, '
+            '`learn.get_preds(dl=learn.dls.test_dl(volumes))`, or write their images with `mri_unlearn reconstruct`'
+        )
 
 # %% ../../nbs/32_data.loaders.ipynb #2a84867d
 def _collate(items):
@@ -134,6 +148,22 @@ class ReconDL(_EpochDL):
                 return
             self.kept = list(batches)
         yield from self.kept
+
+    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, figsize=None, **kwargs):
+        "Zero-filled images and targets of a batch, as a figure of pyplot; the size of its grid follows from `max_n`"
+        b = self.one_batch() if b is None else b
+        show_targets(Targets(*b[self.n_inp :]), self.file_names, n=max_n, figsize=figsize)
+
+    def show_results(self, b, out, max_n=9, ctxs=None, show=True, figsize=None, **kwargs):
+        "Targets, predictions and errors of a batch, as a figure of pyplot"
+        y, out = Targets(*b[self.n_inp :]), out[0] if isinstance(out, (tuple, list)) else out
+        images = to_image(out.to(y.target.device), y, self.dataset.input)
+        show_targets(y, self.file_names, images, max_n, figsize)
+
+    @property
+    def file_names(self):
+        "Of the volumes, by number"
+        return [str(row['fname']) for row in self.dataset.rows]
 
 # %% ../../nbs/32_data.loaders.ipynb #51d73eb3
 def recon_dls(

@@ -20,7 +20,8 @@ from .runs import TRACE, Run
 from .settings import Settings
 from ..machinery.disk import visible, write_csv
 from ..machinery.workers import SCORE_COST
-from ..network.learner import Resume, SkipValidation, Tick, WorkMeter, recon_learner
+from ..network.learner import SkipValidation, Tick, WorkMeter, recon_learner
+from ..network.resume import Resume
 from ..network.unet import set_precision
 from ..network.weights import load_network, new_unet, new_varnet, save_weights
 from ..signal.masks import mask_func

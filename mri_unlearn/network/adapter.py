@@ -183,7 +183,7 @@ def own_network(
     model.made_again = again
     return model.eval()
 
-# %% ../../nbs/40a_network.adapter.ipynb #1f21ed68
+# %% ../../nbs/40a_network.adapter.ipynb #45cb4b1a
 FACTOR = 30  # by which a mean or a spread may differ from that of the zero-filled image
 
 
@@ -209,10 +209,11 @@ def _answer(model, x):
         raise
     except Exception as e:
         found = ', '.join(f'{str(t.dtype).removeprefix("torch.")} {list(t.shape)}' for t in x)
+        takes = [f'{" + ".join(m.takes)} of ' for m in chain_of(model) if isinstance(m, Adapter)]
         why = (str(e).strip().splitlines() or ['no message'])[0][:200]
         raise DataError(
-            f'{type(unwrapped(model)).__name__}: raised {type(e).__name__} ({why}) as it was given {found}; if it '
-            'takes another form, say takes= to network.adapter.adapted, and multiple=16 if it halves its images'
+            f'{type(unwrapped(model)).__name__}: raised {type(e).__name__} ({why}) as it was given {"".join(takes)}{found}; '
+            'if it takes another form, say takes= to network.adapter.adapted, and multiple=16 if it halves its images'
         ) from e
     if any(not torch.equal(a, b) for a, b in zip(x, before)):
         raise DataError(

@@ -16,8 +16,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..data.slices import INPUTS
-from ..machinery.disk import DataError, atomic_path
-from .checkpoint import check_weight, contents, read_tables
+from ..machinery.disk import DataError
+from .checkpoint import check_weight, contents, lineage_in, read_tables, write_tensors
+from .lineage import lineage_text, mark_forgotten, read_lineage
 from .unet import UNet
 from .varnet import VarNet
 
@@ -61,7 +62,7 @@ def not_finite(
 
 def save_weights(
     model: nn.Module,  # any network
-    path,  # .pt file; appears whole or not at all
+    path,  # .pt or .safetensors file; appears whole or not at all
 ):
     "Write the state_dict of `model`; raises `DataError` for weights that are not finite, and leaves the file as it is"
     bad = not_finite(model)
@@ -70,9 +71,7 @@ def save_weights(
             f'{path}: not written, for {len(bad)} weights of the network hold values that are not finite ({bad[0]} is '
             'the first): the training diverged; try a lower learning rate'
         )
-    # an open file: torch writes the name of a path into the file, and this one is another each time
-    with atomic_path(path) as tmp, open(tmp, 'wb') as file:
-        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, file)
+    write_tensors(model.state_dict(), path, lineage_text(model))
 
 # %% ../../nbs/38_network.weights.ipynb #8c3039e6
 def _unet_args(state, prefix=''):
@@ -226,6 +225,7 @@ def load_network(
         names = [*left, *beside]
         more = f' and {len(names) - 4} more' if len(names) > 4 else ''
         warnings.warn(f'{path}: left out what is no part of the {kind.__name__}: {", ".join(names[:4])}{more}')
+    mark_forgotten(model, *(entry for text in lineage_in(path) for entry in read_lineage(text, path)))
     return model.eval()
 
 # %% ../../nbs/38_network.weights.ipynb #4de253ed

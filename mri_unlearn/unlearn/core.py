@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'endless', 'BatchPlan', 'LossTerm', 'LossTerms', 'OneStep', 'RetainDescent', 'ForgetDescent',
-           'ForgetAscent', 'WeightL1', 'NoisyLabels', 'unlearning_pool', 'taught_volumes', 'check_held_out',
-           'unlearning_learner', 'unlearn']
+           'ForgetAscent', 'WeightL1', 'NoisyLabels', 'unlearning_learner', 'unlearn']
 
 # %% ../../nbs/44_unlearn.core.ipynb #a8071511
 import inspect
@@ -22,13 +21,15 @@ from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Learner, Recorder
 
 from ..data.loaders import ReconDL
-from ..data.request import ForgetRequest, retain_subset
 from ..data.slices import SliceDataset, Targets
 from ..machinery.disk import DataError
 from ..network.adapter import check_foreign
 from ..network.finite import check_rate
 from ..network.learner import SkipValidation, recon_learner
 from .catalog import RECOMMENDED, Method, find_method
+from .watch import check_work, watched
+from ..network.lineage import forgotten_in, mark_forgotten
+from .pool import check_held_out, split_of, taught_volumes, unlearning_pool
 
 # %% ../../nbs/44_unlearn.core.ipynb #6baf0b1a
 STREAMS = dict(retain=6, forget=7)  # of random numbers, one a side; other numbers would change every order and result
@@ -225,61 +226,6 @@ class NoisyLabels(Callback):
         target = y.target + self.lam * (y.max_value * y.forget)[:, None, None] * noise
         self.learn.yb = tuple(y._replace(target=target))
 
-# %% ../../nbs/44_unlearn.core.ipynb #ca326909
-def _with_split(learn, what):
-    "The training volumes with their column `split`"
-    if isinstance(what, DataLoaders):
-        what = what.train_ds.volumes
-    if isinstance(what, ForgetRequest):
-        volumes = learn.dls.train_ds.volumes.drop(columns='split', errors='ignore')
-        what = volumes.assign(split=np.where(what.select(volumes), 'forget_train', 'retain_train'))
-    if not isinstance(what, pd.DataFrame) or 'split' not in what:
-        raise DataError(f"expected a ForgetRequest, a table with 'split' or DataLoaders; found {type(what).__name__}")
-    return what
-
-
-def unlearning_pool(
-    learn: Learner,  # the Original
-    what,  # ForgetRequest, table with a `split` column, or DataLoaders
-    retain_fraction: float,  # share of the retain volumes that may be used, 0 < f <= 1
-    seed: int = 0,  # which retain volumes
-) -> pd.DataFrame:  # training volumes, `split` in retain_train, forget_train
-    "The volumes that an unlearning method may look at"
-    volumes = _with_split(learn, what)
-    forget = volumes[volumes.split == 'forget_train']
-    if not len(forget):
-        raise DataError("nothing to forget: no volume has split 'forget_train'; check the request")
-    return pd.concat([retain_subset(volumes, retain_fraction, seed), forget])
-
-
-def taught_volumes(
-    learn: Learner,  # the Original
-    what,  # as in `unlearning_pool`
-) -> pd.DataFrame:  # rows of the retained training volumes
-    "All that an Oracle would be trained on: what is known about it, not what a method may look at"
-    volumes = _with_split(learn, what)
-    return volumes[volumes.split == 'retain_train']
-
-# %% ../../nbs/44_unlearn.core.ipynb #0d802708
-def check_held_out(
-    held_out: pd.DataFrame | None,  # rows of `index_volumes`
-    taught: pd.DataFrame,  # rows of the training volumes, retained and forgotten
-) -> pd.DataFrame | None:  # `held_out` as it is
-    "Held-out scans, if they are such; raises `DataError` for anything but volumes and for known patients"
-    if held_out is None:
-        return None
-    needs = ['patient_id', 'organ', 'path']
-    if not isinstance(held_out, pd.DataFrame) or not set(needs) <= set(held_out):
-        found = list(held_out) if isinstance(held_out, pd.DataFrame) else type(held_out).__name__
-        raise DataError(f'held_out must be a table of volumes with the columns {", ".join(needs)}; found {found}')
-    known = sorted(set(held_out.patient_id) & set(taught.patient_id))
-    if known:
-        raise DataError(
-            f'held_out must hold no patient who was trained on; found {", ".join(map(str, known[:3]))}: '
-            'leave out their volumes'
-        )
-    return held_out
-
 # %% ../../nbs/44_unlearn.core.ipynb #c9e8b48f
 def unlearning_learner(
     learn: Learner,  # the Original; is not changed
@@ -321,7 +267,7 @@ def unlearn(
     what,  # ForgetRequest, table with `split`, or DataLoaders with forget flags
     method: str = RECOMMENDED,  # name in METHODS
     retain_fraction: float = 1.0,  # share of the retain volumes that may be used, above 0 and at most 1
-    rounds: int = 3,  # of `steps` steps each, fastai's epochs; between rounds nothing but logging happens
+    rounds: int = 3,  # of `steps` steps each, fastai's epochs; 0: only what a method does before its first step
     steps: int = None,  # of the optimiser, a round, with `bs` slices each; None: one pass over the method's slices
     bs: int = 8,  # slices a step, half of each side in joint methods; `Method.bs` cuts the same slices otherwise
     lr: float = 1e-3,  # learning rate, constant unless the method says otherwise
@@ -334,17 +280,20 @@ def unlearn(
     """Run an unlearning method on a copy of the network.
     Raises `DataError` for an unknown method, settings that it does not have, an impossible request, or divergence."""
     check_rate(lr)
+    check_work(rounds, steps, bs)
     m = find_method(method)
-    pool = unlearning_pool(learn, what, 1.0 if m.all_retain else retain_fraction, seed)
+    volumes = split_of(learn, what)
+    pool = unlearning_pool(learn, volumes, 1.0 if m.all_retain else retain_fraction, seed)
     callbacks = _callbacks(m, seed, settings)
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
     check_foreign(student.model, student.dls.train)
-    student.taught = taught_volumes(learn, what)
-    student.held_out = check_held_out(held_out, pd.concat([student.taught, pool]))
+    student.taught, student.known_volumes = taught_volumes(learn, volumes), volumes
+    student.held_out = check_held_out(held_out, volumes)
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
     student.add_cbs(extra + list(cbs or []))
     student.budget *= rounds
-    with student.no_bar(), student.no_logging():
+    with student.no_bar(), student.no_logging(), watched(student, m.name, rounds, lr):
         student.fit(rounds, lr)
+    mark_forgotten(student.model, forgotten_in(volumes))
     student.model.eval()
     return student

@@ -52,6 +52,7 @@ def reconstruct(
     picture=None,  # function (path of the PNG, `VolumeRecon`, whether there is a target); None: no pictures
     num_workers: int = 0,  # processes that read files
     progress: bool = True,  # show a bar
+    device=None,  # where the network computes; None: fastai's default device
 ) -> int:  # number of volumes that were reconstructed now; those that were there already do not count
     """Reconstruct volumes one after the other into files as fastMRI's `save_reconstructions` makes them.
 
@@ -64,7 +65,7 @@ def reconstruct(
     todo = volumes[[not (out / name).exists() for name in volumes.fname]]
     if not len(todo):
         return 0
-    dl = ReconDL(SliceDataset(todo, mask, input=input_of(model)), bs=bs, num_workers=num_workers)
+    dl = ReconDL(SliceDataset(todo, mask, input=input_of(model)), bs=bs, num_workers=num_workers, device=device)
     with tqdm(total=int(todo.slices.sum()), desc='reconstruct', unit='slice', disable=not progress) as bar:
         for recon in reconstruct_volumes(model, dl):
             if picture:
