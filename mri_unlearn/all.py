@@ -64,9 +64,13 @@ from .network.finite import *
 from .network.learner import *
 from .network.resume import *
 from .network.adapter import *
+from .network.parts import *
+from .network.fresh import *
+from .network.patches import *
 
 # %% ../nbs/99_all.ipynb #29449eb8
 from .unlearn.catalog import *
+from .unlearn.watch import *
 from .unlearn.pool import *
 from .unlearn.core import *
 from .unlearn.by_hand import *
@@ -77,6 +81,7 @@ from .unlearn.targets import *
 from .unlearn.dampening import *
 from .unlearn.level import *
 from .unlearn.path import *
+from .unlearn.spare import *
 from .unlearn.aim import *
 from .unlearn.proxy import *
 from .unlearn.method_checks import *

@@ -16,6 +16,7 @@ from fastai.learner import CastToTensor, Learner
 from scipy.optimize import brentq
 
 from ..data.slices import Targets
+from ..machinery.disk import DataError
 from ..network.learner import to_image
 from .level import estimate_level, instead, mean_image
 from .path import LOOKS, rms_distance
@@ -153,7 +154,7 @@ class _Proxies(Callback):
 
     def _level(self):
         "The level to end at"
-        level = estimate_level(self.learn, self.learn.proxies, self.looks, self.kind)
+        level = estimate_level(self.learn, self.learn.proxies, self.looks, self.kind, self.part)
         if level.kind == 'competence':
             return instead(level, self.given, self.share)
         if self.share is not None:
@@ -200,6 +201,8 @@ class Aim(_Proxies):
         self.overshoot = overshoot
 
     def before_fit(self):
+        if self.n_epoch < 1:
+            raise DataError('a level to end at needs steps that lead there: expected at least one round, found none')
         self.before = getattr(self.learn, 'aside', 0.0)
         self._train()
         self.learn.level = level = self._level()

@@ -27,6 +27,7 @@ from ..network.adapter import check_foreign
 from ..network.finite import check_rate
 from ..network.learner import SkipValidation, recon_learner
 from .catalog import RECOMMENDED, Method, find_method
+from .watch import check_work, watched
 from ..network.lineage import forgotten_in, mark_forgotten
 from .pool import check_held_out, split_of, taught_volumes, unlearning_pool
 
@@ -266,7 +267,7 @@ def unlearn(
     what,  # ForgetRequest, table with `split`, or DataLoaders with forget flags
     method: str = RECOMMENDED,  # name in METHODS
     retain_fraction: float = 1.0,  # share of the retain volumes that may be used, above 0 and at most 1
-    rounds: int = 3,  # of `steps` steps each, fastai's epochs; between rounds nothing but logging happens
+    rounds: int = 3,  # of `steps` steps each, fastai's epochs; 0: only what a method does before its first step
     steps: int = None,  # of the optimiser, a round, with `bs` slices each; None: one pass over the method's slices
     bs: int = 8,  # slices a step, half of each side in joint methods; `Method.bs` cuts the same slices otherwise
     lr: float = 1e-3,  # learning rate, constant unless the method says otherwise
@@ -279,6 +280,7 @@ def unlearn(
     """Run an unlearning method on a copy of the network.
     Raises `DataError` for an unknown method, settings that it does not have, an impossible request, or divergence."""
     check_rate(lr)
+    check_work(rounds, steps, bs)
     m = find_method(method)
     volumes = split_of(learn, what)
     pool = unlearning_pool(learn, volumes, 1.0 if m.all_retain else retain_fraction, seed)
@@ -286,11 +288,11 @@ def unlearn(
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
     check_foreign(student.model, student.dls.train)
     student.taught, student.known_volumes = taught_volumes(learn, volumes), volumes
-    student.held_out = check_held_out(held_out, volumes)
+    student.held_out = check_held_out(held_out, volumes[~volumes.split.astype(str).str.endswith('test')])
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
     student.add_cbs(extra + list(cbs or []))
     student.budget *= rounds
-    with student.no_bar(), student.no_logging():
+    with student.no_bar(), student.no_logging(), watched(student, m.name, rounds, lr):
         student.fit(rounds, lr)
     mark_forgotten(student.model, forgotten_in(volumes))
     student.model.eval()

@@ -16,15 +16,14 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import nn
 
-from ..machinery.disk import DataError
+from ..network.fresh import fresh
 from ..network.learner import to_image
-from ..network.unet import UNet
-from ..network.varnet import VarNet
+from ..network.parts import has_fastmri_names, last_names, names_in
 from ..network.weights import unwrapped
 from .catalog import method
 from .core import ForgetDescent, NoisyLabels, OneStep, RetainDescent
 from .losses import check_level, forget_level, forget_losses
-from .teachers import KeepAnswers, Teacher, fresh, outside, spend
+from .teachers import KeepAnswers, Teacher, outside, seen_batch, spend
 
 # %% ../../nbs/50_unlearn.dampening.ipynb #092b7b45
 _SCORES = ('square', 'norm', 'signed')  # what `kind` may be
@@ -259,26 +258,24 @@ _WHICH = ('last', 'decoder', 'saliency', 'random')  # what is drawn anew, as in 
 
 
 def layers_near_output(
-    model: nn.Module,  # UNet or VarNet
-    which: str,  # 'last' (blocks of a U-Net, cascades of a VarNet) or 'decoder' (the way up)
-    k: int = 1,  # how many blocks or cascades, for 'last'
+    model: nn.Module,  # any network, wrapped or not
+    which: str,  # 'last' (blocks of a U-Net, cascades of a VarNet, blocks or layers of others) or 'decoder'
+    k: int = 1,  # how many blocks, cascades or layers, for 'last'
+    batch: tuple = None,  # inputs that show in which order the layers work, as in `parts_of`
 ) -> list:  # modules
-    "The layers of a network that are near its output; raises `DataError` for any other network, ValueError for k"
-    model = unwrapped(model)
-    if not isinstance(model, (UNet, VarNet)):
-        raise DataError(
-            f'the last layers of a {type(model).__name__} are unknown: '
-            "expected a UNet or a VarNet; choose which='saliency'"
-        )
-    blocks = len(model.cascades) if isinstance(model, VarNet) else model.num_pool_layers
-    if which == 'last' and not 1 <= k <= blocks:
-        raise ValueError(f'k must lie from 1 to {blocks} for this network, found {k!r}')
-    if isinstance(model, UNet):
-        first = -k if which == 'last' else 0
-        return [*model.up_transpose_conv[first:], *model.up_conv[first:]]
-    if which == 'last':
-        return list(model.cascades[-k:])
-    return [layer for cascade in model.cascades for layer in layers_near_output(cascade.model.unet, which)]
+    "The layers of a network that are near its output; raises `DataError` where there is no decoder, ValueError for k"
+    net, known = unwrapped(model), has_fastmri_names(model)
+    if which == 'decoder':
+        return [net.get_submodule(name) for name in names_in(model, 'decoder', batch)]
+    if not known:
+        found = [[net.get_submodule(name) for name in names] for names in last_names(model, batch)]
+    elif hasattr(net, 'cascades'):
+        found = [[cascade] for cascade in net.cascades]
+    else:
+        found = [list(pair) for pair in zip(net.up_transpose_conv, net.up_conv)]
+    if not 1 <= k <= len(found):
+        raise ValueError(f'k must lie from 1 to {len(found)} for this network, found {k!r}')
+    return sum(found[-k:], [])
 
 
 def _masks_of(layers, params):
@@ -296,7 +293,7 @@ class ResetWeights(Callback):
         self,
         which: str = 'saliency',  # 'last', 'decoder', 'saliency' or 'random', as in the table above
         k: int = 1,  # blocks or cascades, for 'last'
-        share: float = 0.9,  # of the weights of convolutions, for 'saliency' and 'random', 0 to 1
+        share: float = 0.9,  # of the weights of convolutions and linear layers, for 'saliency' and 'random', 0 to 1
         seed: int = 0,  # of the new weights, and of the lot
         n: int = None,  # slices of each side for the saliency; None: all
     ):
@@ -316,10 +313,10 @@ class ResetWeights(Callback):
     def _masks(self, params):
         "True for each weight to be drawn anew"
         if self.which in ('last', 'decoder'):
-            return _masks_of(layers_near_output(self.model, self.which, self.k), params)
-        convolutions = [s for s, p in zip(self._scores(params), params) if p.ndim == 4]
-        found = iter(top_share(convolutions, self.share))
-        return [next(found) if p.ndim == 4 else torch.zeros_like(p, dtype=torch.bool) for p in params]
+            return _masks_of(layers_near_output(self.model, self.which, self.k, seen_batch(self.learn)), params)
+        multiply = [s for s, p in zip(self._scores(params), params) if p.ndim > 1]
+        found = iter(top_share(multiply, self.share))
+        return [next(found) if p.ndim > 1 else torch.zeros_like(p, dtype=torch.bool) for p in params]
 
     def before_fit(self):
         new = fresh(self.model, seed=self.seed).parameters()
@@ -334,7 +331,7 @@ class ResetWeights(Callback):
 def reset_ft(
     which: str = 'saliency',  # 'last', 'decoder', 'saliency' or 'random', as in the table above
     k: int = 1,  # blocks or cascades that are drawn anew, for 'last'
-    share: float = 0.9,  # of the weights of convolutions, for 'saliency' and 'random', 0 to 1; published: 0.3
+    share: float = 0.9,  # of the weights of convolutions and linear layers, for 'saliency' and 'random'; published: 0.3
     distill: float = 1.0,  # weight of the distance to the Original's answers on retain slices
     retain_weight: float = 1.0,  # of the loss on retain slices
     reset_seed: int = 0,  # of the new weights; `unlearn` hands in its own seed

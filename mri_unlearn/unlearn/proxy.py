@@ -7,10 +7,12 @@ __all__ = ['proxy']
 
 # %% ../../nbs/54_unlearn.proxy.ipynb #bf7906a3
 from ..machinery.disk import DataError
+from ..network.parts import check_part
 from .aim import Aim, KeepImages, MemoryMatch, ProxyMatch, Twin
 from .catalog import method
-from .path import Mirror, Movable, OneCycle, Settle, SpareRetained
-from .teachers import Teacher, in_part
+from .path import Mirror, Movable, OneCycle, Settle
+from .spare import SpareRetained
+from .teachers import Teacher
 
 # %% ../../nbs/54_unlearn.proxy.ipynb #0a51f5de
 def _competence_callbacks(forget_weight, retain_weight, gamma, damping, moves, peak, seed):
@@ -70,7 +72,7 @@ def proxy(
     if kind not in (None, 'competence', 'memory'):
         raise DataError(f"expected 'competence', 'memory' or None as the kind of a request, found {kind!r}")
     for name in (part, moves):
-        in_part('', name)  # complains of an unknown one
+        check_part(name)
     competence = _competence_callbacks(forget_weight, retain_weight, gamma, damping, moves, peak, proxy_seed)
     memory = _memory_callbacks(forget_weight, retain_weight, mix, memory_peak)
     mechanisms = dict(competence=competence, memory=memory)

@@ -16,14 +16,14 @@ from torch import nn
 
 from ..data.slices import Targets
 from ..machinery.disk import DataError
+from ..network.fresh import fresh
 from ..network.learner import to_image
-from ..network.unet import UNet
-from ..network.varnet import VarNet
+from ..network.parts import encoder_end_names, has_fastmri_names
 from ..network.weights import unwrapped
 from .catalog import method
 from .core import ForgetDescent, LossTerm, NoisyLabels, RetainDescent
 from .losses import check_level
-from .teachers import FORWARD, KeepAnswers, Teacher, TeacherTerm, fresh, spend
+from .teachers import FORWARD, KeepAnswers, Teacher, TeacherTerm, seen_batch, spend
 
 # %% ../../nbs/49_unlearn.targets.ipynb #32ba848e
 class RandomTeacher(Teacher):
@@ -69,18 +69,16 @@ def bad_teacher(
 
 # %% ../../nbs/49_unlearn.targets.ipynb #6838d483
 def encoder_ends(
-    model: nn.Module,  # UNet or VarNet
-) -> list:  # modules: the bottom of the U, of each cascade's in a VarNet
-    "The modules at which the encoders of a network end; raises `DataError` for any other network"
-    model = unwrapped(model)
-    if isinstance(model, UNet):
-        return [model.conv]
-    if isinstance(model, VarNet):
-        return [cascade.model.unet.conv for cascade in model.cascades]
-    raise DataError(
-        'encoder_match knows where the encoder of a UNet or a VarNet ends, '
-        f'not that of a {type(model).__name__}; choose another method'
-    )
+    model: nn.Module,  # any network, wrapped or not
+    batch: tuple = None,  # inputs that show in which order the layers work, as in `parts_of`
+) -> list:  # modules: the bottom of the U, of each cascade's in a VarNet; the deepest layer of other networks
+    "The modules at which the encoders of a network end; raises `DataError` where there is no layer"
+    network = unwrapped(model)
+    if not has_fastmri_names(network):
+        return [network.get_submodule(name) for name in encoder_end_names(model, batch)]
+    if hasattr(network, 'cascades'):
+        return [cascade.model.unet.conv for cascade in network.cascades]
+    return [network.conv]
 
 
 def noise_like(
@@ -96,18 +94,32 @@ def noise_like(
     return noise * x.std((1, 2, 3), keepdim=True) + x.mean((1, 2, 3), keepdim=True)
 
 # %% ../../nbs/49_unlearn.targets.ipynb #84b405f3
-def _taught(net, xb, forget, generator):
+def _answers(hooks, ends, slices):
+    "What the ends of the encoders answered, [B, …] each"
+    said = [out[0] if isinstance(out, (tuple, list)) else out for out in hooks.stored]
+    if any(not isinstance(out, torch.Tensor) or len(out) != slices or out.ndim < 2 for out in said):
+        raise DataError(
+            f'encoder_match needs one answer a slice from {", ".join(type(end).__name__ for end in ends)}, where the '
+            'encoder ends: name another end in an attribute of the network, parts = {"encoder": [names]}'
+        )
+    return said
+
+
+def _taught(net, ends, xb, forget, generator):
     "What the encoders of a network say of a batch whose forget slices are noise"
     x, *rest = xb
     x = torch.where(forget[:, None, None, None], noise_like(x, generator), x)
-    with hook_outputs(encoder_ends(net)) as heard, torch.no_grad():
+    with hook_outputs(ends) as heard, torch.no_grad():
         net(x, *rest)
-    return list(heard.stored)
+    return _answers(heard, ends, len(forget))
 
 
 def _relative(a, b):
     "[B] mean square of a - b over that of b"
-    return (a - b).square().mean((1, 2, 3)) / b.square().mean((1, 2, 3))
+    of_slice = tuple(range(1, a.ndim))
+    if a.is_complex():
+        return (a - b).abs().square().mean(of_slice) / b.abs().square().mean(of_slice)
+    return (a - b).square().mean(of_slice) / b.square().mean(of_slice)
 
 # %% ../../nbs/49_unlearn.targets.ipynb #91ee640d
 class EncoderMatch(LossTerm):
@@ -124,20 +136,25 @@ class EncoderMatch(LossTerm):
         self.net = self.hooks = self.distances = None
 
     def before_fit(self):
-        encoder_ends(self.model)  # complains of a network that it does not know
         self.net = deepcopy(self.model).eval().requires_grad_(False)
+        ends, names = encoder_ends(self.model, seen_batch(self.learn)), dict(unwrapped(self.model).named_modules())
+        self.ends = [next(name for name, module in names.items() if module is end) for end in ends]
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def before_batch(self):
         if self.training:
-            self.hooks = hook_outputs(encoder_ends(self.model), detach=False)
+            self.hooks = hook_outputs(self._ends(self.model), detach=False)
+
+    def _ends(self, net):
+        return [unwrapped(net).get_submodule(name) for name in self.ends]
 
     def after_pred(self):
         if not self.training:
             return
-        said, forget = list(self.hooks.stored), Targets(*self.yb).forget
+        forget = Targets(*self.yb).forget
+        said = _answers(self.hooks, self._ends(self.model), len(forget))
         self._take_off()
-        taught = _taught(self.net, self.xb, forget, self.generator)
+        taught = _taught(self.net, self._ends(self.net), self.xb, forget, self.generator)
         spend(self.learn, len(forget) * FORWARD)
         self.distances = sum(_relative(a, b) for a, b in zip(said, taught, strict=True)) / len(said)
 
@@ -167,7 +184,7 @@ def encoder_match(
     """Encode forget slices like noise, retain slices as the Original does
 
     Li et al. (ICLR 2024), both terms relative to the size of the Original's features.
-    Raises `DataError` for a network that is neither U-Net nor VarNet.
+    Raises `DataError` for a network whose encoder does not give one answer a slice.
     """
     return [EncoderMatch(alpha, seed=noise_seed)]
 
