@@ -17,7 +17,7 @@ import warnings
 from tqdm import tqdm
 
 from . import __version__
-from .command import data, experiment, networks
+from .command import data, experiment, networks, request
 from .command.options import OptionParser
 from .machinery.text import printable
 
@@ -43,9 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     traceback = 'show the traceback of an error'
     parser.add_argument('--debug', action='store_true', help=traceback)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for part in (data, networks, experiment):
+    for part in (data, networks, experiment, request):
         part.add_commands(commands)
-    for p in commands.choices.values():
+    verbs = commands.choices['request'].get_default('verbs').choices
+    for p in [*commands.choices.values(), *verbs.values()]:
         p.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help=traceback)
     return parser
 
@@ -117,7 +118,9 @@ def _failed(error):
 # %% ../nbs/95_cli.ipynb #74f4085d
 def main(
     argv=None,  # list of words; None: those of the process
-) -> int:  # exit status: 0 done, 1 bad input or failure, 2 wrong options, 130 interrupted; `check`: 3, 4
+) -> (
+    int
+):  # exit status: 0 done, 1 bad input or failure, 2 wrong options, 130 interrupted; `check`: 3, 4; `request`: 3, 4, 5
     "Run the command. With --debug an exception passes through."
     _show_all_letters()
     try:

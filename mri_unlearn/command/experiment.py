@@ -183,8 +183,12 @@ def tune(
 def report(
     args,  # parsed options
 ):
-    "write the figures and the report of a finished run once more"
+    "write the report of a finished run, or the page of a request, once more"
+    from mri_unlearn.audit.page import write_record_page
     from mri_unlearn.show.page import write_figures, write_report
+
+    if (Path(args.run) / 'record.json').is_file():
+        return say(f'Report: {write_record_page(args.run)}')
 
     write_figures(args.run)
     say(f'Report: {write_report(args.run)}')
