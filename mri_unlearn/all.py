@@ -54,9 +54,13 @@ from .network.varnet import *
 from .network.metrics import *
 from .network.checkpoint import *
 from .network.weights import *
+from .network.own_weights import *
 from .network.lightning import *
+from .network.forms import *
+from .network.factory import *
 from .network.finite import *
 from .network.learner import *
+from .network.adapter import *
 from .network.resume import *
 
 # %% ../nbs/99_all.ipynb #29449eb8

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'WRAPPING', 'WRAPPERS', 'seeded', 'new_unet', 'new_varnet', 'not_finite', 'save_weights', 'load_network',
-           'unwrapped', 'input_of']
+           'Wrapper', 'chain_of', 'unwrapped', 'input_of']
 
 # %% ../../nbs/38_network.weights.ipynb #5c93caea
 import warnings
@@ -227,31 +227,74 @@ def load_network(
     return model.eval()
 
 # %% ../../nbs/38_network.weights.ipynb #4de253ed
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # keep the network as `.module`
+class Wrapper(nn.Module):
+    "A network inside another form of call; its weights keep the names that they have in the network alone"
+
+    made_again = None  # seed -> a new network as it is inside, with first weights of that seed; None: not known
+
+    def __init__(
+        self,
+        module: nn.Module,  # the network
+    ):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *x):
+        return self.module(*x)
+
+    def state_dict(self, *args, **kwargs):
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args, **kwargs):
+        return self.module.named_parameters(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # what a wrapper around this one calls
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[f'{prefix}module.{name[len(prefix) :]}'] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, Wrapper)  # network as `.module`
+
+# %% ../../nbs/38_network.weights.ipynb #11cd215e
+def chain_of(
+    model: nn.Module,  # a network, or what `torch.compile`, (Distributed)DataParallel, AveragedModel, … made of it
+) -> list:  # of nn.Module: the outermost wrapper first, the network itself last
+    "A network and all its wrappers, however many there are"
+    chain = [model]
+    while True:
+        if isinstance(chain[-1], WRAPPERS):
+            chain.append(chain[-1].module)
+        elif isinstance(getattr(chain[-1], '_orig_mod', None), nn.Module):  # torch.compile
+            chain.append(chain[-1]._orig_mod)
+        else:
+            return chain
 
 
 def unwrapped(
-    model: nn.Module,  # a network, or what `torch.compile`, (Distributed)DataParallel or AveragedModel made of it
+    model: nn.Module,  # a network, wrapped or not
 ) -> nn.Module:  # the network itself, with the weights that the wrapper uses
-    "The network inside its wrappers, however many there are"
-    while True:
-        if isinstance(model, WRAPPERS):
-            model = model.module
-        elif isinstance(getattr(model, '_orig_mod', None), nn.Module):  # torch.compile
-            model = model._orig_mod
-        else:
-            return model
+    "The network inside its wrappers"
+    return chain_of(model)[-1]
 
 # %% ../../nbs/38_network.weights.ipynb #1873e658
 def input_of(
     model: nn.Module,  # any network, wrapped or not
 ) -> str:  # 'image' or 'kspace'
-    """What the loaders must give a network: attribute `input` of its class, else 'image'.
-    Raises `DataError` where the attribute is another word."""
-    network = unwrapped(model)
-    found = getattr(network, 'input', 'image')
-    if not isinstance(found, str):
-        return 'image'  # a layer that happens to have this name
-    if found not in INPUTS:
-        raise DataError(f"{type(network).__name__}.input is {found!r}: expected 'image' or 'kspace'")
-    return found
+    """What the loaders must give a network: attribute `input` of its class or of a wrapper, else 'image'.
+    Raises `DataError` where the attribute is another word, or the network says that it needs an adapter."""
+    for network in chain_of(model):
+        found = getattr(network, 'input', None)
+        if isinstance(found, str):  # and not a layer that happens to have this name
+            if found not in INPUTS:
+                raise DataError(f"{type(network).__name__}.input is {found!r}: expected 'image' or 'kspace'")
+            return found
+    if isinstance(getattr(network, 'takes', None), str):
+        raise DataError(
+            f'{type(network).__name__} takes {network.takes!r}, which the loaders do not give: '
+            'use what mri_unlearn.network.adapter.adapted(model) makes of it'
+        )
+    return 'image'

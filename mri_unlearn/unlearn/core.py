@@ -25,6 +25,7 @@ from ..data.loaders import ReconDL
 from ..data.request import ForgetRequest, retain_subset
 from ..data.slices import SliceDataset, Targets
 from ..machinery.disk import DataError
+from ..network.adapter import check_foreign
 from ..network.finite import check_rate
 from ..network.learner import SkipValidation, recon_learner
 from .catalog import RECOMMENDED, Method, find_method
@@ -233,9 +234,7 @@ def _with_split(learn, what):
         volumes = learn.dls.train_ds.volumes.drop(columns='split', errors='ignore')
         what = volumes.assign(split=np.where(what.select(volumes), 'forget_train', 'retain_train'))
     if not isinstance(what, pd.DataFrame) or 'split' not in what:
-        raise DataError(
-            f"expected a ForgetRequest, a table with a column 'split' or DataLoaders; found {type(what).__name__}"
-        )
+        raise DataError(f"expected a ForgetRequest, a table with 'split' or DataLoaders; found {type(what).__name__}")
     return what
 
 
@@ -339,6 +338,7 @@ def unlearn(
     pool = unlearning_pool(learn, what, 1.0 if m.all_retain else retain_fraction, seed)
     callbacks = _callbacks(m, seed, settings)
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
+    check_foreign(student.model, student.dls.train)
     student.taught = taught_volumes(learn, what)
     student.held_out = check_held_out(held_out, pd.concat([student.taught, pool]))
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
