@@ -1,4 +1,4 @@
-"""What users of fastai try first: its callbacks, any loss, pictures, and a Learner in a file, before and after unlearning."""
+"""What users of fastai try first: its callbacks, any loss, pictures, and a Learner in a file, also an unlearned one."""
 
 import subprocess
 import sys
