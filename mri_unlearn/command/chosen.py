@@ -91,7 +91,7 @@ def json_object(
         raise argparse.ArgumentTypeError(f'expected an object in JSON such as {{"chans": 8}}, found {said!r}')
     return found
 
-
+# %% ../../nbs/90a_command.chosen.ipynb #29c94f45
 def add_network(
     p: argparse.ArgumentParser,  # of a command
 ):
@@ -108,7 +108,7 @@ def add_network(
     even = 'images of --network are filled up to a multiple of this'
     p.add_argument('--multiple', type=COUNT, metavar='N', help=even)
 
-
+# %% ../../nbs/90a_command.chosen.ipynb #98603d96
 def network_of(
     args,  # parsed options of `add_network`
     weights=None,  # file; None: a new network, of which only `--network` knows how it is made

@@ -101,7 +101,7 @@ def show_slices(
         bar.ax.tick_params(labelsize=8)
     return fig
 
-
+# %% ../../nbs/31a_data.answers.ipynb #2fbe5411
 def show_targets(
     y: Targets,  # of a batch
     names: list,  # file name of each volume of the data set
