@@ -62,6 +62,7 @@ from .network.forms import *
 from .network.factory import *
 from .network.finite import *
 from .network.learner import *
+from .network.adapter import *
 from .network.resume import *
 from .network.adapter import *
 from .network.parts import *
