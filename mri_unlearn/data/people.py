@@ -21,10 +21,12 @@ from ..machinery.query import _parsed
 # %% ../../nbs/30a_data.people.ipynb #d3efb6ab
 PERSONAL = dict(patient_id='person', patient='person', study='study', fname='scan', volume='scan')
 PERSONAL |= dict(path='place', folder='place')  # column -> kind of name
+_FREE = 'acquisition site body_part lesions group reason text note'.split()  # columns in which anything may stand
+_PLAIN = 'organ acquisition site body_part source split'.split()  # columns whose values are words like any other
 _EDGE = '.,;:!?…'  # what may follow a name in a sentence
 _WORD = re.compile(r"""[^\s'"(){}\[\]<>|=,;]+""")
 
-# %% ../../nbs/30a_data.people.ipynb #eb7e1c2d
+# %% ../../nbs/30a_data.people.ipynb #f26ec859
 def _hide(node, quoted, name_of, hidden):
     "Replace text in a comparison or call that names a personal column; `hidden`: what was replaced, by `id`"
     columns = {quoted.get(n.id, n.id) for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -34,15 +36,15 @@ def _hide(node, quoted, name_of, hidden):
             part.value = name_of(kind, part.value)
             hidden.add(id(part))
 
-
-class Veil:
-    "Puts pseudonyms in place of names of people, studies, scans and places; without `pseudonyms` names stay"
+# %% ../../nbs/30a_data.people.ipynb #6f7b5d37
+class _Names:
+    "What stands for a name"
 
     def __init__(
         self,
         pseudonyms: Pseudonyms = None,  # None: nothing is replaced
     ):
-        self.pseudonyms, self.names = pseudonyms, {}  # names: as written -> pseudonym
+        self.pseudonyms, self.names, self.words = pseudonyms, {}, set()  # names: as written -> pseudonym
 
     @classmethod
     def with_key(
@@ -67,11 +69,16 @@ class Veil:
             return str(name)
         return self.pseudonyms.of(kind, alike(str(name)) if kind == 'person' else name)
 
+# %% ../../nbs/30a_data.people.ipynb #df307c8f
+class _Known(_Names):
+    "Names that are known, to be found in texts"
+
     def learn(
         self,
         index: pd.DataFrame,  # one row a volume
     ) -> 'Veil':  # itself
-        "Know the names in an index, to find them in texts, too"
+        "Know the names in an index, to find them in texts, too; a folder called `knee` is a word, and stays one"
+        self.words |= {str(v).casefold() for column in _PLAIN if column in index for v in index[column].unique()}
         for column, kind in PERSONAL.items() if self.pseudonyms else ():
             for name in set(map(str, index[column])) - {''} if column in index else ():
                 self._know(kind, name)
@@ -82,9 +89,13 @@ class Veil:
         return self
 
     def _know(self, kind, name):
-        self.names.setdefault(name, self.of(kind, name))
-        if kind == 'scan':
-            self.names.setdefault(PurePath(name).stem, self.of(kind, name))
+        for spelled in {name, PurePath(name).stem if kind == 'scan' else name}:
+            if spelled.casefold() not in self.words:
+                self.names.setdefault(spelled, self.of(kind, name))
+
+# %% ../../nbs/30a_data.people.ipynb #aa7f4126
+class _Texts(_Known):
+    "Texts without names"
 
     @cached_property
     def _spaced(self):
@@ -126,21 +137,52 @@ class Veil:
             return [self.data(v) for v in data]
         return self.text(data) if isinstance(data, str) else data
 
+# %% ../../nbs/30a_data.people.ipynb #e0eef0c2
+class _Tables(_Texts):
+    "Tables without names, and back"
+
     def table(
         self,
         table: pd.DataFrame,  # an index, scores, or any table with some of the columns of `PERSONAL`
     ) -> pd.DataFrame:  # a copy
-        "A table with pseudonyms in the columns that name people, and in other texts"
+        "A table with pseudonyms in the columns that name people, and in those in which anything may stand"
         if not self.pseudonyms:
             return table
         shown = table.copy()
         for column in table:
             if column in PERSONAL:
                 shown[column] = [self.of(PERSONAL[column], v) if pd.notna(v) else v for v in table[column]]
-            elif self.names and pd.api.types.infer_dtype(table[column], skipna=True) == 'string':
+            elif column in _FREE and self.names:
                 shown[column] = [self.text(v) if isinstance(v, str) else v for v in table[column]]
         shown.attrs = {k: v for k, v in table.attrs.items() if k not in ('skipped', 'folders')}
         return shown
+
+    def back(
+        self,
+        table: pd.DataFrame,  # that `table` has made, with a column volume or fname; others stay as they are
+        index: pd.DataFrame,  # the volumes, with their names
+    ) -> pd.DataFrame:
+        "A table that was written with pseudonyms, with the names as the index spells them"
+        column = next((c for c in ('volume', 'fname') if c in table), None)
+        if not self.pseudonyms or column is None:
+            return table
+        scans = {self.of('scan', name): name for name in index.fname}
+        names, rows = [scans.get(v, v) for v in table[column]], index.set_index('fname')
+        told = {column: names}
+        for c in [c for c in table if c != column and c in rows and (c in PERSONAL or c in _FREE)]:
+            told[c] = [rows.at[n, c] if n in rows.index else v for n, v in zip(names, table[c])]
+        return table.assign(**told)
+
+    def file(
+        self,
+        fname: str,  # of a scan
+    ) -> str:  # the same without pseudonyms
+        "What a file about a scan is called"
+        return f'{self.of("scan", fname)}.h5' if self.pseudonyms else str(fname)
+
+# %% ../../nbs/30a_data.people.ipynb #10cc7ee8
+class Veil(_Tables):
+    "Puts pseudonyms in place of names of people, studies, scans and places; without `pseudonyms` names stay"
 
     def query(
         self,
@@ -153,10 +195,13 @@ class Veil:
         for node in ast.walk(tree):
             if isinstance(node, (ast.Compare, ast.Call)):
                 _hide(node, quoted, self.of, hidden)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in hidden:
+                node.value = self.text(node.value)
         said = ast.unparse(tree)
         for placed, column in quoted.items():
             said = said.replace(placed, f'`{column}`')
-        return self.text(said)
+        return said
 
     def digest(
         self,
