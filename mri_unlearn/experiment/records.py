@@ -7,9 +7,11 @@ __all__ = ['Run']
 
 # %% ../../nbs/67_experiment.records.ipynb #5799eac2
 import os
+from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
+from ..data.people import Veil
 from mri_unlearn.machinery.disk import (
     DataError,
     data_digest,
@@ -17,6 +19,7 @@ from mri_unlearn.machinery.disk import (
     read_csv,
     read_json,
     visible,
+    write_csv,
     write_json,
 )
 from ..machinery.workers import network_threads
@@ -49,8 +52,10 @@ class _Folder:
         self,
         out,  # str or Path: the folder; made if missing
         home=None,  # str or Path: the folder with the config.json of the run; None: the same one
+        veil: Veil = None,  # stands between names and whatever is written; None: names stay
     ):
         self.out, self.home, self.needs = Path(out), Path(home or out), {}
+        self.veil, self.again = veil or Veil(), set()  # again: files that were removed and are needed once more
         for folder in ('models', 'stages', 'figures'):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
 
@@ -71,9 +76,9 @@ class _Folder:
         "Threads that compute a network of this run"
         return self.config.get('threads') or network_threads()
 
-# %% ../../nbs/67_experiment.records.ipynb #7d7b61df
-class _Records(_Folder):
-    "The records of a run"
+# %% ../../nbs/67_experiment.records.ipynb #6f753a47
+class _Files(_Folder):
+    "The files of a run"
 
     def record(self, stage: str) -> Path:  # of a stage, by its name
         "File of a stage's record"
@@ -88,6 +93,19 @@ class _Records(_Folder):
         whose = data_digest(self.identity)[:8] + '.' if self.identity else ''
         return self.out / 'stages' / f'{stage}.{whose}state.pt'
 
+    @property
+    def removed(self) -> set:  # of paths below the folder
+        "Files that stages have left and that were removed once nobody needed them any more, see `remove`"
+        path = self.out / 'purged.json'
+        found = _read(path).get('removed') if path.is_file() else []
+        if not isinstance(found, list) or not all(isinstance(part, dict) for part in found):
+            raise DataError(f'{path}: damaged, expected what was removed; delete it: then the run makes it again')
+        return {name for part in found for name in part.get('files', ())} - self.again
+
+# %% ../../nbs/67_experiment.records.ipynb #7d7b61df
+class _Records(_Files):
+    "The records of a run"
+
     def left(self, stage: str) -> str:  # of a stage, by its name
         "Digest of all files that a stage has left; None without a record, or with one that does not say"
         path = self.record(stage)
@@ -100,7 +118,7 @@ class _Records(_Folder):
         if not path.is_file():
             return False
         found = _read(path)
-        there = all((self.out / name).is_file() for name in found.get('files', ()))
+        there = all((self.out / name).is_file() or name in self.removed for name in found.get('files', ()))
         return there and all(self.left(name) in (None, was) for name, was in found.get('needs', {}).items())
 
     def read(self, stage: str) -> dict:  # of a stage, by its name
@@ -119,8 +137,8 @@ class _Records(_Folder):
         write_json(self.record(stage), record | dict(digest=data_digest(record)))
 
 # %% ../../nbs/67_experiment.records.ipynb #a96fe815
-class Run(_Records):
-    "The folder of a run: records of finished stages, scores, weights"
+class _Run(_Records):
+    "What the records of a run say is believed as far as its files are its own"
 
     def check(
         self,
@@ -139,6 +157,8 @@ class Run(_Records):
         if (found.get('run'), found.get('stage')) != (self.identity, stage):
             raise DataError(f'{path}: belongs to another run or stage; {_REDO}')
         for name, digest in found.get('files', {}).items():
+            if name in self.removed and not os.path.lexists(self.out / name):
+                continue
             if file_digest(self.out / name) != digest:
                 raise DataError(
                     f'{self.out / name}: is not what this run has written there (edited, cut short, or of another '
@@ -156,3 +176,38 @@ class Run(_Records):
                     raise DataError(f'{path}: no stage of this run has left this table; move it out of the folder')
                 self.check(left[path])  # a record that was copied here with its table is a stranger, too
         return [read_csv(path) for path in paths]
+
+# %% ../../nbs/67_experiment.records.ipynb #15c9b95f
+class Run(_Run):
+    "The folder of a run: records of finished stages, scores, weights"
+
+    def write_csv(
+        self,
+        path,  # str or Path
+        table,  # DataFrame, with the names of people and scans
+    ):
+        "Write a table, with pseudonyms where the run has some"
+        write_csv(path, self.veil.table(table))
+
+    def want(self, stage: str):  # of a stage, by its name
+        "What a stage left is needed: of it, removed files count as missing"
+        path = self.record(stage)
+        names = _read(path).get('files', ()) if path.is_file() else ()
+        self.again |= {name for name in names if name in self.removed and not (self.out / name).is_file()}
+
+    def remove(
+        self,
+        paths,  # files below the folder
+        why: str,  # for the record
+    ):
+        "Remove files that nobody needs any more, written down in purged.json: the stages that left them stay done"
+        there = {path.relative_to(self.out).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+        if not there:
+            return
+        path = self.out / 'purged.json'
+        before = _read(path)['removed'] if path.is_file() else []
+        part = dict(when=datetime.now(timezone.utc).isoformat(timespec='seconds'), why=why, files=there)
+        write_json(path, dict(removed=[*before, part]))
+        self.again -= set(there)
+        for name in there:
+            (self.out / name).unlink(missing_ok=True)
