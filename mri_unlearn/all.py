@@ -97,6 +97,7 @@ from .show.view import *
 
 # %% ../nbs/99_all.ipynb #4be3b199
 from .experiment.settings import *
+from .experiment.surroundings import *
 from .experiment.records import *
 from .experiment.runs import *
 from .experiment.networks import *

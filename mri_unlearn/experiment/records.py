@@ -44,7 +44,7 @@ def _read(path):
     state = os.stat(path)
     return _read_state(str(path), (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
 
-
+# %% ../../nbs/67_experiment.records.ipynb #f773bc29
 class _Folder:
     "The folder of a run, and what it is known by"
 
