@@ -94,7 +94,8 @@ class _PlantedFiles(Arm):
         "Stamps of all files: path below the folder -> stamp"
         parts = [self._table('volumes', 'data'), self._table('probes', 'probe')]
         paths = [Path(path) for part in parts for path in part.path if self.out in Path(path).parents]
-        paths = [path for path in paths if path.relative_to(self.out).as_posix() not in self.gone()]
+        gone = self.gone()
+        paths = [path for path in paths if path.relative_to(self.out).as_posix() not in gone]
         stamps = [self.run.veil.of('content', content_stamp(path)) for path in paths]
         return {str(path.relative_to(self.out)): stamp for path, stamp in zip(paths, stamps)}
 
