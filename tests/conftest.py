@@ -38,8 +38,9 @@ def project_files():
 
 @pytest.fixture(autouse=True, scope='session')
 def cache_of_the_index(tmp_path_factory):
-    "Tests, and the commands that they start, leave the cache of the person who runs them alone"
+    "Tests, and the commands that they start, leave the cache and the key of the person who runs them alone"
     os.environ['MRI_UNLEARN_CACHE'] = str(tmp_path_factory.mktemp('cache'))
+    os.environ['MRI_UNLEARN_KEY'] = str(tmp_path_factory.mktemp('key') / 'pseudonyms.key')
 
 
 @pytest.fixture
