@@ -86,16 +86,22 @@ def sources(
     folders = [data] if isinstance(data, (str, Path)) else data
     return [veil.of('place', d) for d in folders] if data else 'simulated'
 
+# %% ../../nbs/75a_experiment.surroundings.ipynb #cde18e9e
+def _has_files(record):
+    "Whether a record says that its data are files of a user"
+    data = record.get('data')
+    return isinstance(data['source'] if isinstance(data, dict) and 'source' in data else record.get('data files'), list)
+
 
 def check_key(
-    record: dict,  # config.json of a run that is there
+    record: dict,  # config.json of a run that is there, or study.json
     veil: Veil,  # of this start
     path,  # of that file, for the message
 ):
     "Raise `DataError` where a run with data of a user was begun with names, and goes on without, or with another key"
     was, now = record.get('pseudonyms', ''), veil.key
-    if was == now:
-        return
+    if was == now or not _has_files(record):
+        return  # simulated data are compared elsewhere
     advice, named = 'or choose another folder with --out', 'holds names of patients and files'
     if not was:
         raise DataError(f'{path}: this run was begun with --identifiers and {named}; go on so, {advice}')
