@@ -24,6 +24,7 @@ from .data.header import *
 from .data.writing import *
 from .data.files import *
 from .data.meta import *
+from .data.cache import *
 from .data.volumes import *
 from .data.inspect import *
 from .data.request import *

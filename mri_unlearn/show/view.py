@@ -30,26 +30,7 @@ from ..verdict.evaluate import reconstruct_volumes
 from ..verdict.hallucination import hallucination_maps, read_case, volume_mask
 from ..verdict.names import NetworkName, networks
 
-# %% ../../nbs/88_show.view.ipynb #ffcaa271
-_VOLUMES = (
-    'path folder fname organ acquisition patient_id split slices coils rows cols recon_rows recon_cols '
-    'padding_left padding_right has_target has_mask'
-).split()
-
-
-def _scored_volumes(run):
-    "Rows of volumes.csv that the run has scored, forgotten test volumes first: fname -> dict"
-    table = read_table(run.path / 'volumes.csv', _VOLUMES)
-    empty = [column for column in _VOLUMES if table[column].isna().any()]
-    if empty:
-        raise DataError(f'{run.path / "volumes.csv"}: a volume has no {empty[0]}. Start the run again.')
-    table = table[table.fname.isin(run.results.volume)].sort_values(['split', 'fname'])
-    rows = {row['fname']: row for row in table.to_dict('records')}
-    if not rows:
-        raise DataError(f'{run.path / "volumes.csv"}: names none of the volumes in results.csv. Start the run again.')
-    return rows
-
-
+# %% ../../nbs/88_show.view.ipynb #d8475b8b
 def _hidden_scans(run, data, key):
     "Scans of a run that carries pseudonyms: pseudonym -> (path, name); and the veil that gave them"
     theirs, veil = run.config.get('pseudonyms'), Veil()
@@ -72,6 +53,25 @@ def _hidden_scan(row, scans, veil):
     if row.get('content') and veil.of('content', content_stamp(path)) != row['content']:
         raise DataError(f'{path}: is not the scan that the run was made with. Put that one back.')
     return row | dict(path=path, fname=fname)
+
+# %% ../../nbs/88_show.view.ipynb #ffcaa271
+_VOLUMES = (
+    'path folder fname organ acquisition patient_id split slices coils rows cols recon_rows recon_cols '
+    'padding_left padding_right has_target has_mask'
+).split()
+
+
+def _scored_volumes(run):
+    "Rows of volumes.csv that the run has scored, forgotten test volumes first: fname -> dict"
+    table = read_table(run.path / 'volumes.csv', _VOLUMES)
+    empty = [column for column in _VOLUMES if table[column].isna().any()]
+    if empty:
+        raise DataError(f'{run.path / "volumes.csv"}: a volume has no {empty[0]}. Start the run again.')
+    table = table[table.fname.isin(run.results.volume)].sort_values(['split', 'fname'])
+    rows = {row['fname']: row for row in table.to_dict('records')}
+    if not rows:
+        raise DataError(f'{run.path / "volumes.csv"}: names none of the volumes in results.csv. Start the run again.')
+    return rows
 
 
 def _scan_of(run, row):
