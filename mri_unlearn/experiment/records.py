@@ -121,6 +121,10 @@ class _Records(_Files):
         there = all((self.out / name).is_file() or name in self.removed for name in found.get('files', ()))
         return there and all(self.left(name) in (None, was) for name, was in found.get('needs', {}).items())
 
+    def files(self, stage: str) -> dict:  # of a stage, by its name
+        "Files below the folder that a stage has left, with their digests"
+        return dict(_read(self.record(stage)).get('files', {}))
+
     def read(self, stage: str) -> dict:  # of a stage, by its name
         "What was given to `finish`"
         return {name: value for name, value in _read(self.record(stage)).items() if name not in _KEPT}
