@@ -111,6 +111,7 @@ from .experiment.tuning import *
 from .experiment.requests import *
 from .experiment.outcomes import *
 from .experiment.study import *
+from .experiment.purge import *
 from .experiment.outlook import *
 
 # %% ../nbs/99_all.ipynb #95171fe4
