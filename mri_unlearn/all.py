@@ -24,6 +24,7 @@ from .data.header import *
 from .data.writing import *
 from .data.files import *
 from .data.meta import *
+from .data.cache import *
 from .data.volumes import *
 from .data.inspect import *
 from .data.request import *
@@ -112,6 +113,7 @@ from .show.view import *
 
 # %% ../nbs/99_all.ipynb #4be3b199
 from .experiment.settings import *
+from .experiment.surroundings import *
 from .experiment.records import *
 from .experiment.runs import *
 from .experiment.networks import *
@@ -124,6 +126,7 @@ from .experiment.tuning import *
 from .experiment.requests import *
 from .experiment.outcomes import *
 from .experiment.study import *
+from .experiment.purge import *
 from .experiment.outlook import *
 from .audit.record import *
 from .audit.matching import *
