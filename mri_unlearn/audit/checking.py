@@ -16,7 +16,7 @@ from mri_unlearn.audit.job import (
     learner_of_job,
     network_of_job,
     remember_places,
-    veil_of,
+    record_veil,
     volumes_of_job,
 )
 from .matching import asked_by_list, asked_by_query
@@ -142,7 +142,7 @@ def check_request(
     key_outside(key or key_path(), folder)
     _must_be_apart(folder, job)
     model, index = network_of_job(job), volumes_of_job(job)
-    asked, veil = _asked(index, forget, forget_list), veil_of(key, identifiers).learn(index)
+    asked, veil = _asked(index, forget, forget_list), record_veil(key, identifiers).learn(index)
     request = ForgetRequest(asked.query, reason, allow_mixed=job.allow_mixed)
     splits = kept_out(model, request.split(index, test=job.division, seed=DIVISION_SEED))
     learn, work = learner_of_job(job, model, splits)

@@ -7,7 +7,6 @@ __all__ = ['unlearn_recorded', 'scored', 'copies_of', 'run_request']
 
 # %% ../../nbs/88f_audit.running.ipynb #3ad35592
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 from mri_unlearn.audit.job import (
@@ -19,7 +18,7 @@ from mri_unlearn.audit.job import (
     remembered,
     splits_of_record,
     transcript_of,
-    veil_of,
+    record_veil,
     volumes_of_job,
 )
 from .measure import judged, not_shown, score_networks
@@ -28,8 +27,8 @@ from ..experiment.surroundings import versions
 from ..machinery.disk import DataError, file_digest, read_json, write_csv, write_json
 from ..machinery.private import locked, private_folder
 from ..network.learner import ProgressBar, WorkMeter
-from ..network.lineage import LINEAGE, forgotten_by
-from ..network.weights import save_weights, unwrapped
+from ..network.lineage import sign_lineage
+from ..network.weights import save_weights
 from ..show.figures import save_figure, show_compared
 from ..unlearn.core import unlearn
 from ..verdict.reconstruct import weights_digest
@@ -46,13 +45,6 @@ def _same_as_checked(record, entry, job, veil, model, index):
         )
 
 
-def _signed(model, entry, veil):
-    "Let what the network says of its last request name the record, and nobody by name"
-    *before, last = forgotten_by(model)
-    setattr(unwrapped(model), LINEAGE, [*before, replace(last.veiled(veil), record=entry['digest'])])
-    return model
-
-
 def _done(folder, entry):
     "What a killed run has finished; None where that is nothing"
     done = read_json(folder / 'done.json') if (folder / 'done.json').is_file() else {}
@@ -63,7 +55,8 @@ def _done(folder, entry):
 def _keep(folder, entry, before, student, said, veil):
     "Write weights before and after, the transcript, and last of all what was done"
     save_weights(before, folder / 'before.pt')
-    save_weights(_signed(student.model, entry, veil), folder / 'unlearned.pt')
+    sign_lineage(student.model, veil, entry['digest'])
+    save_weights(student.model, folder / 'unlearned.pt')
     was, now = weights_digest(before), weights_digest(student.model)
     write_json(folder / 'transcript.json', transcript_of(student, was, now))
     files = {name: file_digest(folder / name) for name in ('before.pt', 'unlearned.pt', 'transcript.json')}
@@ -197,7 +190,7 @@ def run_request(
         raise DataError(f'{folder}: this request is finalised; there is nothing left to run')
     private_folder(folder)
     with locked(folder, 'another run of this request'):
-        entry, veil = last_entry(record, 'check'), veil_of(key, short=record['key'])
+        entry, veil = last_entry(record, 'check'), record_veil(key, short=record['key'])
         job = remembered(record, entry, key, **places)
         index, model = volumes_of_job(job), network_of_job(job)
         veil.learn(index)

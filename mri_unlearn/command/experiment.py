@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from .chosen import add_names
 from mri_unlearn.command.options import (
     QUERY,
     add_command,
@@ -111,10 +112,7 @@ def add_people(
     p,  # parser of a command that writes about people
 ):
     "Options that say what is written about whom"
-    names = 'write names of patients and files as they are; otherwise pseudonyms stand for them'
-    p.add_argument('--identifiers', action='store_true', help=names)
-    key = 'file of the key of pseudonyms, made if missing; default: MRI_UNLEARN_KEY, or one for all runs of a user'
-    p.add_argument('--key', type=file_name, metavar='FILE', help=key)
+    add_names(p)
     pictures = 'draw slices of people who are to be forgotten; otherwise their scores are all that is shown of them'
     p.add_argument('--forgotten-pictures', action='store_true', help=pictures)
 

@@ -254,10 +254,9 @@ def say_drawn(
 
     if held_out_by_folder(index) is None:
         drawn = sorted(set(index.patient_id[held_out(index, seed=HELD_OUT)]))
-        few = ', '.join(drawn[:5]) + (' …' if len(drawn) > 5 else '')
         say(
             f'no folder tells who was trained on: {len(drawn)} of {index.patient_id.nunique()} patients are taken for '
-            f'untrained ({few}), those that `mri_unlearn train` holds back. For a network from elsewhere put what it '
+            f'untrained, those that `mri_unlearn train` holds back. For a network from elsewhere put what it '
             'was trained on into folders ending in _train and the rest in _val, or say --division none: trained on all',
             sys.stderr,
         )

@@ -9,7 +9,7 @@ __all__ = ['PASSES', 'job_asked', 'check_said', 'request_check', 'request_run', 
 # %% ../../nbs/93a_command.request.ipynb #51c951a6
 import argparse
 
-from .chosen import add_clip, add_device, add_network, device_of
+from .chosen import add_clip, add_device, add_names, add_network, device_of
 from mri_unlearn.command.options import (
     QUERY,
     add_command,
@@ -90,9 +90,13 @@ def request_check(
     "say what a letter matches, where the network is to end and what it takes; changes nothing but the record"
     from mri_unlearn.audit.checking import check_request
     from mri_unlearn.audit.page import write_record_page
+    from mri_unlearn.machinery.workers import _threads, network_threads
 
     given = dict(forget_list=args.forget_list, reason=args.reason, received=args.received)
-    entry = check_request(args.out, job_asked(args), args.forget, identifiers=args.identifiers, key=args.key, **given)
+    with _threads(network_threads()):
+        entry = check_request(
+            args.out, job_asked(args), args.forget, identifiers=args.identifiers, key=args.key, **given
+        )
     say(check_said(entry))
     page = write_record_page(args.out)
     say(f'record: {args.out}/record.json, its last entry {entry["digest"][:16]}; page: {page}')
@@ -110,8 +114,10 @@ def request_run(
     "carry a checked request out and judge it; goes on where a killed run stopped"
     from mri_unlearn.audit.page import write_record_page
     from mri_unlearn.audit.running import run_request
+    from mri_unlearn.machinery.workers import _threads, network_threads
 
-    entry = run_request(args.folder, args.key, forgotten_pictures=args.forgotten_pictures, **_places(args))
+    with _threads(network_threads()):
+        entry = run_request(args.folder, args.key, forgotten_pictures=args.forgotten_pictures, **_places(args))
     say(_verdict_said(entry['verdict']))
     say(f'weights: {args.folder}/unlearned.pt; page: {write_record_page(args.folder)}')
     say('state: unlearned. The weights of before are kept for undoing; `request finalise` deletes them')
@@ -124,8 +130,10 @@ def request_verify(
     "look at a request as somebody who was not there: files, scores, and the run itself"
     from mri_unlearn.audit.after import verify_request
     from mri_unlearn.audit.page import write_record_page
+    from mri_unlearn.machinery.workers import _threads, network_threads
 
-    entry = verify_request(args.folder, args.key, not args.no_replay, **_places(args))
+    with _threads(network_threads()):
+        entry = verify_request(args.folder, args.key, not args.no_replay, **_places(args))
     for found in entry['findings']:
         say(f'{"as recorded" if found["good"] else "NOT as recorded"}: {found["what"]}: {found["said"]}')
     write_record_page(args.folder)
@@ -224,11 +232,6 @@ def _add_sampling(p):
     p.add_argument('--loss', default='l1', choices=LOSSES, help='of the training')
 
 
-def _add_key(p):
-    key = 'file of the key of the pseudonyms; default: MRI_UNLEARN_KEY, else the folder for settings of the user'
-    p.add_argument('--key', type=file_name, metavar='FILE', help=key)
-
-
 def add_check(
     commands,  # what `argparse` returns for subcommands
 ):
@@ -245,14 +248,16 @@ def add_check(
     add_division(p)
     add_unchecked(p)
     add_device(p)
-    _add_key(p)
+    add_names(p)
     p.add_argument('--workers', type=WORKERS, default=0, metavar='N', help='processes that read files')
 
 
 def _add_folder(p, *places):
     "The folder of a request, and where things lie now"
     p.add_argument('folder', type=file_name, metavar='DIR', help='folder of the request')
-    _add_key(p)
+    p.add_argument(
+        '--key', type=file_name, metavar='FILE', help='file of the key of the pseudonyms, if not the usual one'
+    )
     said = dict(
         model='weights of the network', data='folders of the scans', oracles='networks that never saw the scans'
     )
