@@ -147,6 +147,8 @@ class _Proxies(Callback):
 
     def _train(self):
         "Train `count` proxies"
+        if self.n_epoch < 1:
+            raise DataError('a level to end at needs steps that lead there: expected at least one round, found none')
         lr, each = self.times * self.opt.hypers[0]['lr'], self.work * self.learn.budget / self.count
         seeds = [100 * self.seed + i for i in range(self.count)]
         with timed(self.learn):
@@ -201,8 +203,6 @@ class Aim(_Proxies):
         self.overshoot = overshoot
 
     def before_fit(self):
-        if self.n_epoch < 1:
-            raise DataError('a level to end at needs steps that lead there: expected at least one round, found none')
         self.before = getattr(self.learn, 'aside', 0.0)
         self._train()
         self.learn.level = level = self._level()

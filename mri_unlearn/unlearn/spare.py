@@ -83,7 +83,7 @@ def _by_weight(moments):
             del found[first]
     return found
 
-
+# %% ../../nbs/52a_unlearn.spare.ipynb #2b7bbf6e
 class SpareRetained(Callback):
     """Bends each update of a layer into directions that its inputs on retained slices hardly use; its length stays
 

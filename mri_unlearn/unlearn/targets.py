@@ -94,6 +94,11 @@ def noise_like(
     return noise * x.std((1, 2, 3), keepdim=True) + x.mean((1, 2, 3), keepdim=True)
 
 # %% ../../nbs/49_unlearn.targets.ipynb #84b405f3
+def _at(net, names):
+    "The modules of these names"
+    return [unwrapped(net).get_submodule(name) for name in names]
+
+
 def _answers(hooks, ends, slices):
     "What the ends of the encoders answered, [B, …] each"
     said = [out[0] if isinstance(out, (tuple, list)) else out for out in hooks.stored]
@@ -137,24 +142,21 @@ class EncoderMatch(LossTerm):
 
     def before_fit(self):
         self.net = deepcopy(self.model).eval().requires_grad_(False)
-        ends, names = encoder_ends(self.model, seen_batch(self.learn)), dict(unwrapped(self.model).named_modules())
-        self.ends = [next(name for name, module in names.items() if module is end) for end in ends]
+        ends, every = encoder_ends(self.model, seen_batch(self.learn)), unwrapped(self.model).named_modules()
+        self.ends = [name for name, module in every if any(module is end for end in ends)]
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def before_batch(self):
         if self.training:
-            self.hooks = hook_outputs(self._ends(self.model), detach=False)
-
-    def _ends(self, net):
-        return [unwrapped(net).get_submodule(name) for name in self.ends]
+            self.hooks = hook_outputs(_at(self.model, self.ends), detach=False)
 
     def after_pred(self):
         if not self.training:
             return
         forget = Targets(*self.yb).forget
-        said = _answers(self.hooks, self._ends(self.model), len(forget))
+        said = _answers(self.hooks, _at(self.model, self.ends), len(forget))
         self._take_off()
-        taught = _taught(self.net, self._ends(self.net), self.xb, forget, self.generator)
+        taught = _taught(self.net, _at(self.net, self.ends), self.xb, forget, self.generator)
         spend(self.learn, len(forget) * FORWARD)
         self.distances = sum(_relative(a, b) for a, b in zip(said, taught, strict=True)) / len(said)
 
