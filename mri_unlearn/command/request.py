@@ -197,8 +197,6 @@ def _add_letter(p):
     p.add_argument('--child', action='append', default=[], type=file_name, metavar='FILE', help=child)
     oracle = 'a network that never saw the scans, where there is one: then it decides; may be repeated'
     p.add_argument('--oracle', action='append', default=[], type=file_name, metavar='FILE', help=oracle)
-    names = 'leave names of people as they are, in everything that is written'
-    p.add_argument('--identifiers', action='store_true', help=names)
 
 # %% ../../nbs/93a_command.request.ipynb #066fb995
 def _add_how(p):
