@@ -208,7 +208,7 @@ def report(
     write_figures(args.run)
     say(f'Report: {write_report(args.run)}')
 
-
+# %% ../../nbs/93_command.experiment.ipynb #8d9ef83d
 def add_commands(
     commands,  # what `argparse` returns for subcommands
 ):

@@ -213,7 +213,7 @@ def without_names(
         volumes = {side: [veil.of('scan', Path(path).name) for path in paths] for side, paths in volumes.items()}
     return record | dict(request=request, volumes=volumes, network=veil.text(record['network']), key=veil.key)
 
-
+# %% ../../nbs/92_command.networks.ipynb #6bebbb65
 def unlearn(
     args,  # parsed options
 ):

@@ -228,7 +228,7 @@ def lineage_in(
 
     return list(texts(read_all(path)))
 
-
+# %% ../../nbs/37_network.checkpoint.ipynb #d8a072d9
 def check_weight(
     tensors: dict,  # name -> tensor, as they shall be copied
     path,  # their file, for the message

@@ -94,7 +94,7 @@ def _followed(path):
     tensors = {name: t for name, t in dict.items(table) if isinstance(t, torch.Tensor)}
     return tensors, {k: v for k, v in settings.items() if _plain(v)}, found['pytorch-lightning_version']
 
-
+# %% ../../nbs/38a_network.lightning.ipynb #94745d82
 def save_checkpoint(
     model: nn.Module,  # `UNet` or `VarNet`; any network that `like` holds
     path,  # .ckpt file; appears whole or not at all

@@ -223,7 +223,7 @@ class _OnALine(Callback):
 # %% ../../nbs/52_unlearn.path.ipynb #b07ac3d9
 LOOKS = 12  # forget slices of the training set on which a level is found, and the end of the steps
 
-
+# %% ../../nbs/52_unlearn.path.ipynb #37193ee7
 class Settle(_OnALine):
     """Ends where the level on forget slices is the aimed one, on the line from the first weights to the last
 

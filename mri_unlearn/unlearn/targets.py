@@ -161,9 +161,7 @@ class EncoderMatch(LossTerm):
         self.distances = sum(_relative(a, b) for a, b in zip(said, taught, strict=True)) / len(said)
 
     def _take_off(self):
-        if self.hooks is not None:
-            self.hooks.remove()
-        self.hooks = None
+        self.hooks = self.hooks and self.hooks.remove()  # which returns None
 
     def term(self):
         sides = (~self.is_forget, self.is_forget)
