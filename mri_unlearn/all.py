@@ -24,6 +24,7 @@ from .data.header import *
 from .data.writing import *
 from .data.files import *
 from .data.meta import *
+from .data.cache import *
 from .data.volumes import *
 from .data.inspect import *
 from .data.request import *
@@ -62,6 +63,7 @@ from .network.forms import *
 from .network.factory import *
 from .network.finite import *
 from .network.learner import *
+from .network.adapter import *
 from .network.resume import *
 from .network.adapter import *
 from .network.parts import *
@@ -111,6 +113,7 @@ from .show.view import *
 
 # %% ../nbs/99_all.ipynb #4be3b199
 from .experiment.settings import *
+from .experiment.surroundings import *
 from .experiment.records import *
 from .experiment.runs import *
 from .experiment.networks import *
@@ -123,7 +126,17 @@ from .experiment.tuning import *
 from .experiment.requests import *
 from .experiment.outcomes import *
 from .experiment.study import *
+from .experiment.purge import *
 from .experiment.outlook import *
+from .audit.record import *
+from .audit.matching import *
+from .audit.measure import *
+from .audit.job import *
+from .audit.checking import *
+from .audit.running import *
+from .audit.after import *
+from .audit.page import *
+from .audit.view import *
 
 # %% ../nbs/99_all.ipynb #95171fe4
 __all__ = [name for name in globals() if not name.startswith('_')]

@@ -4,6 +4,7 @@ import pickle
 import warnings
 from copy import deepcopy
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -355,7 +356,8 @@ def test_from_training_to_scores(takes, index, dls):
     learn = recon_learner(dls['kspace'], network)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3, cbs=SkipValidation())
-    done = unlearn(learn, splits, 'nl_ft', rounds=1, steps=1, bs=2)
+    aside = splits.tail(1).assign(patient_id='another', split='retain_test')  # in the table, and not trained on
+    done = unlearn(learn, pd.concat([splits, aside]), 'nl_ft', rounds=1, steps=1, bs=2, held_out=aside)
     assert isinstance(done.model, Adapter) and done.model is not network
     assert evaluate(done, dls['kspace'].valid).psnr.notna().all()
     broken = recon_learner(dls['kspace'], adapted(nn.Conv2d(2, 3, 3, padding=1), 'two channels'))

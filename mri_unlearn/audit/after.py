@@ -23,7 +23,7 @@ from .measure import judged
 from .record import add_entry, last_entry, read_record, state_of
 from .running import scored
 from ..data.volumes import cache_folder
-from ..experiment.runs import versions
+from ..experiment.surroundings import versions
 from ..machinery.disk import DataError, file_digest, read_csv, read_json
 from ..machinery.private import locked
 from ..network.learner import ProgressBar, WorkMeter

@@ -24,7 +24,7 @@ from .record import add_entry, read_record, state_of
 from ..data.request import ForgetRequest
 from ..experiment.dryrun import table_kind
 from ..experiment.outlook import expected_level, outlook
-from ..experiment.runs import versions
+from ..experiment.surroundings import versions
 from ..machinery.disk import DataError, file_digest
 from ..machinery.private import key_outside, key_path, locked, private_folder
 from ..network.lineage import forgotten_by, kept_out

@@ -45,7 +45,7 @@ def plot_request(
     wide = 1.35 * max(0.6, abs(change), abs(retain['low'] or 0), abs(retain['high'] or 0))
     tall = 1.25 * max(0.6, abs(aimed), abs(after), *(abs(aimed - (forget[k] or 0)) for k in ('least', 'most')))
     ax.set(xlim=(-wide, wide), ylim=(-tall, tall), xlabel='change on retained scans, dB')
-    ax.set_ylabel('forgotten scans: over the level of a network\nthat never saw them, dB')
+    ax.set_ylabel('forgotten scans, dB over\na network that never saw them')
     words = dict(fontsize=8, textcoords='offset points', color='.2')
     ax.annotate('before', (0, aimed), (7, 5), **words)
     ax.annotate('after', (change, after), (7, -12), **words)

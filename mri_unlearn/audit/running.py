@@ -24,7 +24,7 @@ from mri_unlearn.audit.job import (
 )
 from .measure import judged, not_shown, score_networks
 from .record import add_entry, last_entry, read_record, state_of
-from ..experiment.runs import versions
+from ..experiment.surroundings import versions
 from ..machinery.disk import DataError, file_digest, read_json, write_csv, write_json
 from ..machinery.private import locked, private_folder
 from ..network.learner import ProgressBar, WorkMeter

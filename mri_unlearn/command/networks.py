@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'NEEDS', 'new_model', 'train', 'methods', 'one_line', 'about
            'add_unlearn', 'add_sizes', 'add_train', 'add_commands']
 
 # %% ../../nbs/92_command.networks.ipynb #9c0b14ac
-from .chosen import add_clip, add_device, add_network, device_of, network_of
+from .chosen import OF_OWN, add_clip, add_device, add_network, device_of, network_of
 from mri_unlearn.command.options import (
     QUERY,
     add_command,
@@ -49,7 +49,7 @@ def new_model(
     from mri_unlearn.network.weights import new_unet, new_varnet
 
     given = {name: value for name in _SIZE_OPTIONS if (value := getattr(args, name)) is not None}
-    if args.network or args.network_args or args.takes or args.gives:
+    if args.network or any(getattr(args, name) is not None for name in OF_OWN):
         if args.network and given:
             option = next(iter(given)).replace('_', '-')
             raise DataError(f'--{option} goes with a U-Net or VarNet; --network says by --network-args how large it is')
@@ -207,8 +207,8 @@ def unlearn(
     done = unlearn(learn, rows, cbs=[bar, meter], held_out=held_out, **work)
     request = ForgetRequest(args.forget, args.reason, allow_mixed=args.allow_mixed)
     about = {k: getattr(args, k) for k in ('mask', 'acceleration', 'center_fraction', 'loss')}
-    own = {'network', 'network_args', 'takes', 'gives'} if args.network else ()
-    about |= dict(network=str(args.model), **({'made_by': {k: getattr(args, k) for k in sorted(own)}} if own else {}))
+    about |= dict(network=str(args.model))
+    about |= {'made_by': {k: getattr(args, k) for k in ('network', *OF_OWN)}} if args.network else {}
     record = record_of(done, request, work) | about
     path = write_with_record(done.model, args.out, record, like=args.model)
     used = done.dls.train_ds.volumes.split.value_counts()

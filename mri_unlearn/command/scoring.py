@@ -99,7 +99,7 @@ def _must_go_together(args):
     if args.oracle and not args.model and not args.zero_filled:
         raise DataError('--oracle is what networks are compared with; name some with --model, or --zero-filled')
 
-
+# %% ../../nbs/91a_command.scoring.ipynb #584975dc
 def evaluate(
     args,  # parsed options
 ):
@@ -133,7 +133,7 @@ def evaluate(
     if oracles:
         say_gaps(*gaps_to_oracles(scores, oracles), len(oracles))
 
-
+# %% ../../nbs/91a_command.scoring.ipynb #071cd141
 def say_gaps(
     table,  # of `gaps_to_oracles`
     margins: dict,  # side -> `Margin`

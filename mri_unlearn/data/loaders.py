@@ -46,6 +46,18 @@ def neighbours(
     runs = (list(run) for _, run in groupby(idxs, shape))
     return [run[i : i + n] for run in runs for i in range(0, len(run), n)]
 
+# %% ../../nbs/32_data.loaders.ipynb #136c87e0
+def _as_slices(volumes, like):
+    "What fastai's `test_dl` was given, as slices with the mask of others; raises `DataError` for what are no volumes"
+    if isinstance(volumes, SliceDataset):
+        return volumes
+    if isinstance(volumes, pd.DataFrame):
+        return SliceDataset(volumes, like.mask, input=like.input)
+    raise DataError(
+        f'a loader takes volumes, rows of index_volumes, found {type(volumes).__name__}: ask for whole volumes, '
+        '`learn.get_preds(dl=learn.dls.test_dl(volumes))`, or write their images with `mri_unlearn reconstruct`'
+    )
+
 # %% ../../nbs/32_data.loaders.ipynb #904e1acb
 class _EpochDL(TfmdDL):
     "The order of an epoch: which slices make a batch, and in which order batches come, from a seed."
@@ -83,21 +95,10 @@ class _EpochDL(TfmdDL):
         return next(iter(self.new(num_workers=0, order=self.order)))
 
     def new(self, dataset=None, cls=None, **kwargs):
-        dataset = None if dataset is None else self.as_dataset(dataset)
+        dataset = None if dataset is None else _as_slices(dataset, self.dataset)
         new = super().new(dataset, cls, **{'bs': self.size, 'seed': self.seed, 'order': None, **kwargs})
         new.epoch = max(self.epoch - 1, -1)  # its first epoch is the present one
         return new
-
-    def as_dataset(self, volumes):
-        "What fastai's `test_dl` was given, as slices; raises `DataError` for what are no volumes"
-        if isinstance(volumes, SliceDataset):
-            return volumes
-        if isinstance(volumes, pd.DataFrame):
-            return SliceDataset(volumes, self.dataset.mask, input=self.dataset.input)
-        raise DataError(
-            f'a loader takes volumes, rows of index_volumes, found {type(volumes).__name__}: ask for whole volumes, '
-            '`learn.get_preds(dl=learn.dls.test_dl(volumes))`, or write their images with `mri_unlearn reconstruct`'
-        )
 
 # %% ../../nbs/32_data.loaders.ipynb #2a84867d
 def _collate(items):
@@ -105,8 +106,28 @@ def _collate(items):
     kspaces, masks, low, targets, *rest = zip(*items)
     return (list(kspaces), list(masks), torch.tensor(low), list(targets), *map(torch.tensor, rest))
 
+# %% ../../nbs/32_data.loaders.ipynb #3c251c90
+class _Pictures:
+    "fastai's `show_batch` and `show_results`, of slices"
+
+    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, figsize=None, **kwargs):
+        "Zero-filled images and targets of a batch, as a figure of pyplot; the size of its grid follows from `max_n`"
+        b = self.one_batch() if b is None else b
+        show_targets(Targets(*b[self.n_inp :]), self.file_names, n=max_n, figsize=figsize)
+
+    def show_results(self, b, out, max_n=9, ctxs=None, show=True, figsize=None, **kwargs):
+        "Targets, predictions and errors of a batch, as a figure of pyplot"
+        y, out = Targets(*b[self.n_inp :]), out[0] if isinstance(out, (tuple, list)) else out
+        images = to_image(out.to(y.target.device), y, self.dataset.input)
+        show_targets(y, self.file_names, images, max_n, figsize)
+
+    @property
+    def file_names(self):
+        "Of the volumes, by number"
+        return [str(row['fname']) for row in self.dataset.rows]
+
 # %% ../../nbs/32_data.loaders.ipynb #daf0fb1a
-class ReconDL(_EpochDL):
+class ReconDL(_Pictures, _EpochDL):
     "A TfmdDL over a `SliceDataset`: same seed, same batches and same masks."
 
     def __init__(
@@ -148,22 +169,6 @@ class ReconDL(_EpochDL):
                 return
             self.kept = list(batches)
         yield from self.kept
-
-    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, figsize=None, **kwargs):
-        "Zero-filled images and targets of a batch, as a figure of pyplot; the size of its grid follows from `max_n`"
-        b = self.one_batch() if b is None else b
-        show_targets(Targets(*b[self.n_inp :]), self.file_names, n=max_n, figsize=figsize)
-
-    def show_results(self, b, out, max_n=9, ctxs=None, show=True, figsize=None, **kwargs):
-        "Targets, predictions and errors of a batch, as a figure of pyplot"
-        y, out = Targets(*b[self.n_inp :]), out[0] if isinstance(out, (tuple, list)) else out
-        images = to_image(out.to(y.target.device), y, self.dataset.input)
-        show_targets(y, self.file_names, images, max_n, figsize)
-
-    @property
-    def file_names(self):
-        "Of the volumes, by number"
-        return [str(row['fname']) for row in self.dataset.rows]
 
 # %% ../../nbs/32_data.loaders.ipynb #51d73eb3
 def recon_dls(

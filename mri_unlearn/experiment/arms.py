@@ -19,6 +19,7 @@ from typing import Callable
 import pandas as pd
 
 from ..data.loaders import ReconDL
+from ..data.people import Veil
 from ..data.request import retain_subset
 from mri_unlearn.experiment.networks import (
     TRAINED_ON,
@@ -125,6 +126,18 @@ def waves(
         sorter.done(*ready)
     return found
 
+# %% ../../nbs/78_experiment.arms.ipynb #7c9ca363
+def _want_back(stages):
+    "What was removed once nobody needed it, and is needed by a stage that is still to be done, counts as missing"
+    known, waiting = {stage.record: stage for stage in stages}, [stage for stage in stages if not stage.done]
+    while waiting:
+        stage = waiting.pop()
+        for name in stage.needs:
+            needed = known.get(stage.home.record(name))
+            if needed is not None and needed.done:
+                needed.home.want(name)
+                waiting += [needed] * (not needed.done)
+
 # %% ../../nbs/78_experiment.arms.ipynb #f43ff0ee
 def _check_records(stages):
     "Complain of stages that have left no record"
@@ -147,6 +160,7 @@ def run_stages(
     for stage in stages:
         if stage.done:
             stage.home.check(stage.name)
+    _want_back(stages)
     todo = waves(stages)
     ahead = sum(stage.work.total for wave in todo for stage in wave)
     if not todo:
@@ -217,8 +231,9 @@ class _Data:
         out,  # str or Path: its folder; made if missing
         settings: Settings,  # of the run
         splits: pd.DataFrame,  # volumes with their column `split`
+        veil: Veil = None,  # of the run; None: names stay
     ):
-        self.out, self.settings, self.splits, self.run = Path(out), settings, splits, Run(out)
+        self.out, self.settings, self.splits, self.run = Path(out), settings, splits, Run(out, veil=veil)
         self.number = os.getpid(), next(_NUMBERS)  # the same for all its copies in workers
 
     @cached_property

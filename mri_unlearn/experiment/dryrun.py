@@ -27,6 +27,7 @@ from .extras import all_arms
 from .networks import input_kind, mask_of, new_network, unlearned_learner, unlearning_plan
 from .runs import Run, limited, load_splits, request_of, write_config
 from .settings import Settings, prepare
+from .surroundings import veil_of
 from ..machinery.disk import DataError
 from ..machinery.workers import processes
 from ..network.learner import SkipValidation, WorkMeter, recon_learner
@@ -261,16 +262,17 @@ def said_level(
     return str(unlearned_learner(original, settings, network, splits, [AtTheLevel()]).level)
 
 
-def _level(out, preset, settings, data, **index):
+def _level(out, preset, settings, data, veil, **index):
     "The level of a run, if its folder holds the Original"
     out = Path(out) if out else None
     if out is None or not (out / 'stages' / 'original.json').is_file() or not (data or (out / 'data').is_dir()):
         return said_level(None, settings, None)
     try:
-        write_config(out, preset, settings, data)  # only looks
+        write_config(out, preset, settings, data, veil=veil)  # only looks
     except DataError as e:
         return f'{LATER}; {e}'
-    return said_level(Run(out), settings, load_splits(out, settings, data, False, **(index if data else {})))
+    splits = load_splits(out, settings, data, False, **(index if data else {}))
+    return said_level(Run(out, veil=veil), settings, splits)
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #f5055d5f
 def dry_run(
@@ -283,17 +285,21 @@ def dry_run(
     jobs: int = None,  # as in `run_protocol`
     devices=None,  # as in `run_protocol`
     out=None,  # folder of the run, for the Original that may be there; None: there is none
+    identifiers: bool = False,  # as in `run_protocol`
+    key=None,  # as in `run_protocol`
     **settings,  # as in `run_protocol`
 ) -> tuple:  # (table of jobs, what is known besides: dict)
     "What `run_protocol` would do with the same arguments, and about its cost; raises `DataError` as that would"
     chosen, at_once = prepare(preset, settings), processes(jobs, devices)
-    index = dict(strict=strict, organ=organ, unchecked=unchecked)
+    veil = veil_of(data, identifiers, key, out)
+    index = dict(strict=strict, organ=organ, unchecked=unchecked, veil=veil)
     with tempfile.TemporaryDirectory() as folder:
         splits, extras = _splits_and_extras(chosen, data, folder, index)
         times, relative = slice_costs(chosen, splits, n)
         table = plan_table(all_arms(Path(folder) / 'run', chosen, splits, extras), times, relative)
-    seconds, skipped = float(table.seconds.sum()) / at_once, splits.attrs.get('skipped', [])
-    request = dict(matched=matched(splits, chosen.request.query), kind=table_kind(splits))
+    seconds, query = float(table.seconds.sum()) / at_once, veil.query(chosen.request.query)
+    skipped = [(veil.of('place', path), veil.text(why)) for path, why in splits.attrs.get('skipped', [])]
+    request = dict(query=query, matched=matched(veil.table(splits), query), kind=table_kind(splits))
     request['level'] = _level(out, preset, chosen, data, **index)
     about = dict(settings=chosen, data=_contents(splits), device=_device(), processes=at_once)
     return table, about | request | times | dict(seconds=seconds, skipped=skipped)
@@ -323,7 +329,7 @@ def describe(
         network = f'VarNet, {n.cascades} cascades of {n.chans} channels'
     lines = [
         f'{network}; {s.mask} {s.acceleration}x, centre {s.center_fraction}; loss {settings.training.loss}; '
-        f'to be forgotten: {settings.request.query}',
+        f'to be forgotten: {info["query"]}',
         '',
         info['matched'],
         f'kind of request, as far as the table tells: {info["kind"]}',

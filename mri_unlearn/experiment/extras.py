@@ -64,13 +64,21 @@ def _keep_content(run, content):
     _check_content(run, 'third_data', content)
 
 
-def _moved(table, folder):
-    "A table of volumes with paths that hold wherever the run is now"
-    return table.assign(path=[str(folder / row.folder / row.fname) for row in table.itertuples()])
+def _own_place(row, folder, veil):
+    "Where the copy of a scan lies; with data of a user, only scans that are changed are copied"
+    if veil.key and folder.name == 'data' and not row.split.startswith('forget'):
+        return row.path
+    return str(folder / veil.of('place', row.folder) / veil.file(row.fname))
+
+
+def _moved(table, folder, volumes, veil):
+    "A table of volumes, with their names, and with paths that hold wherever the run is now"
+    table = veil.back(table, volumes)
+    return table.assign(path=[_own_place(row, folder, veil) for row in table.itertuples()])
 
 # %% ../../nbs/79_experiment.extras.ipynb #fd3dd095
-class _PlantedData(Arm):
-    "The data of the planted arm"
+class _PlantedFiles(Arm):
+    "The files of the planted arm"
 
     @classmethod
     def beside(
@@ -79,8 +87,29 @@ class _PlantedData(Arm):
     ):  # PlantedArm
         "The planted arm of a run, in a folder of its own"
         planted = cls(arm.out / 'planted', planted_settings(arm.settings), arm.splits)
-        planted.run = Run(planted.out, arm.run.home)
+        planted.run, planted.volumes = Run(planted.out, arm.run.home, arm.run.veil), arm.splits
         return planted
+
+    def content(self):
+        "Stamps of all files: path below the folder -> stamp"
+        parts = [self._table('volumes', 'data'), self._table('probes', 'probe')]
+        paths = [Path(path) for part in parts for path in part.path if self.out in Path(path).parents]
+        gone = self.gone()
+        paths = [path for path in paths if path.relative_to(self.out).as_posix() not in gone]
+        stamps = [self.run.veil.of('content', content_stamp(path)) for path in paths]
+        return {str(path.relative_to(self.out)): stamp for path, stamp in zip(paths, stamps)}
+
+    def _table(self, name, folder):
+        "The scans of a table, which are below a folder"
+        return _moved(read_csv(self.out / f'{name}.csv'), self.out / folder, self.volumes, self.run.veil)
+
+    def gone(self):
+        "Scans that were removed once nobody needed them any more"
+        return {name for name in self.run.removed if not (self.out / name).exists()}
+
+# %% ../../nbs/79_experiment.extras.ipynb #a5343854
+class _PlantedData(_PlantedFiles):
+    "The data of the planted arm"
 
     def write_data(
         self,
@@ -89,26 +118,24 @@ class _PlantedData(Arm):
         "Write the data set with the structure, unless it is there"
         files = [self.out / f'{name}.csv' for name in ('volumes', 'probes', 'places')]
         older = not self.run.identity and all(f.exists() for f in files)
-        if not (self.run.done('data') or older):
-            found = planted_dataset(self.splits, self.out, mask=mask_of(self.settings), progress=show)
+        again = self.gone() and not all(stage.done for stage in self.stages())  # somebody needs what was removed
+        if again or not (self.run.done('data') or older):
+            about = dict(mask=mask_of(self.settings), progress=show, veil=self.run.veil)
+            found = planted_dataset(self.volumes, self.out, **about)
             for file, table in zip(files, (found.volumes, found.probes, found.places)):
-                write_csv(file, table)
+                self.run.write_csv(file, table)
             self.run.finish('data', files, content=self.content())
         if self.run.done('data'):
             self.run.check('data')
-            _check_content(self.run, 'data', self.content())
-        self.splits = _moved(read_csv(files[0]), self.out / 'data')
-
-    def content(self):
-        "Stamps of all files: path below the folder -> stamp"
-        places = dict(volumes='data', probes='probe')
-        parts = [_moved(read_csv(self.out / f'{name}.csv'), self.out / place) for name, place in places.items()]
-        return {str(Path(path).relative_to(self.out)): content_stamp(path) for part in parts for path in part.path}
+            gone = self.gone()
+            content = {path: stamp for path, stamp in self.run.read('data')['content'].items() if path in gone}
+            _check_content(self.run, 'data', content | self.content())
+        self.splits = self._table('volumes', 'data')
 
     def planted(self) -> Planted:  # as `planted_dataset` returned it
         "The data set with the structure"
-        probes = _moved(read_csv(self.out / 'probes.csv'), self.out / 'probe')
-        places = read_csv(self.out / 'places.csv')
+        probes = self._table('probes', 'probe')
+        places = self.run.veil.back(read_csv(self.out / 'places.csv'), self.volumes)
         return Planted(self.splits, probes, places, Structure(), mask_of(self.settings))
 
 # %% ../../nbs/79_experiment.extras.ipynb #f8cf9e9d
@@ -131,7 +158,7 @@ class PlantedArm(_PlantedData):
         scores = planted_scores(self.network(network), planted, loader).assign(**network.columns)
         columns = [*KEYS, 'volume', 'split', 'slices', 'score', 'at_marks', 'strength']
         file = self.run.out / 'stages' / f'{network.stage}.planted.csv'
-        write_csv(file, scores[columns])
+        self.run.write_csv(file, scores[columns])
         progress.step(SCORE_COST * int(scores.slices.sum()))
         self.run.finish(f'score_{network.stage}', [file])
 
@@ -169,7 +196,7 @@ class NullSpace:
     def volume(self, fname, progress):
         "Energies of one test volume"
         arm, names = self.arm, {n.stage: n for n in judged_networks(self.arm.settings)}
-        progress.say(f'null space of {fname}')
+        progress.say(f'null space of {arm.run.veil.file(fname)}')
         row = arm.tests[arm.tests.fname == fname]
         loader = scoring_loader(arm.settings, row, keep=True)
         volumes = {stage: next(iter(reconstruct_volumes(arm.network(n), loader))) for stage, n in names.items()}
@@ -179,10 +206,10 @@ class NullSpace:
         keys = pd.DataFrame([names[m].columns for m in energies.model], index=energies.index)
         table = pd.concat([keys, energies.drop(columns='model')], axis=1)
         columns = [*KEYS, 'volume', 'organ', 'split', 'null_energy', 'measurement_energy']
-        file = arm.run.out / 'stages' / f'{fname}.null.csv'
-        write_csv(file, table[columns])
+        file = arm.run.out / 'stages' / f'{arm.run.veil.file(fname)}.null.csv'
+        arm.run.write_csv(file, table[columns])
         progress.step(SCORE_COST * (len(names) - 1) * int(row.slices.iloc[0]))
-        arm.run.finish(f'null_{fname}', [file])
+        arm.run.finish(f'null_{arm.run.veil.file(fname)}', [file])
 
     def stages(self) -> list:  # of `Stage`
         "One for each test volume, for all networks"
@@ -191,7 +218,7 @@ class NullSpace:
         stages = []
         for fname, slices in zip(arm.tests.fname, arm.tests.slices):
             work = Work(scored=len(names) * int(slices), volumes=len(arm.tests))
-            stages.append(arm.stage(f'null_{fname}', needs, work, self.volume, fname))
+            stages.append(arm.stage(f'null_{arm.run.veil.file(fname)}', needs, work, self.volume, fname))
         return stages
 
 # %% ../../nbs/79_experiment.extras.ipynb #05a251da
@@ -244,9 +271,10 @@ def all_arms(
     splits: pd.DataFrame,  # volumes with their column `split`
     extras: bool = None,  # whether the files tell objects and coils; None: look
     home=None,  # folder of what several runs share, such as scans of a third organ; None: `out`
+    veil=None,  # of the run, see `surroundings.veil_of`; None: names stay
 ) -> list:  # the main `Arm` first; all have title, write_data and stages
     "The arms of a run; nothing is written but empty folders"
-    arm = Arm(out, settings, splits)
+    arm = Arm(out, settings, splits, veil)
     arms = [arm]
     if settings.extras.hallucination and (all(map(has_extras, splits.path)) if extras is None else extras):
         arms += [PlantedArm.beside(arm), NullSpace(arm)]

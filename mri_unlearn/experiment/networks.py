@@ -18,7 +18,7 @@ from ..data.loaders import ReconDL, recon_dls
 from ..data.slices import SliceDataset
 from .runs import TRACE, Run
 from .settings import Settings
-from ..machinery.disk import visible, write_csv
+from ..machinery.disk import visible
 from ..machinery.workers import SCORE_COST
 from ..network.learner import SkipValidation, Tick, WorkMeter, recon_learner
 from ..network.resume import Resume
@@ -195,7 +195,8 @@ def write_images(
     "Predictions of an Oracle on the test volumes, in a folder"
     progress.say(f'reconstruct with {oracle.label}')
     for volume in reconstruct_volumes(model, test_dl, oracle.label):
-        write_prediction(run.out / 'stages' / oracle.stage, volume)
+        named = volume._replace(row=dict(volume.row) | dict(fname=run.veil.file(volume.row['fname'])))
+        write_prediction(run.out / 'stages' / oracle.stage, named)
         progress.step(SCORE_COST * len(volume.image))
     run.finish(f'images_{oracle.stage}', visible(run.out / 'stages' / oracle.stage, '*.h5'))
 
@@ -210,7 +211,8 @@ def agree_with_oracles(
     mine, largest = {fname: volume.image.cpu()}, {fname: volume.row['max']}
 
     def agree(oracle):
-        return agreement(mine, {fname: read_prediction(run.out / 'stages' / oracle.stage, fname)}, largest)[fname]
+        theirs = read_prediction(run.out / 'stages' / oracle.stage, run.veil.file(fname))
+        return agreement(mine, {fname: theirs}, largest)[fname]
 
     return {seed: agree(NetworkName('oracle', seed=seed)) for seed in seeds}
 
@@ -243,7 +245,7 @@ def score_network(
     agree = pd.DataFrame(found, columns=[*KEYS, 'oracle_seed', 'split', 'volume', 'agree_db'])
     files = [run.out / 'stages' / f'{name}.{kind}.csv' for kind in ('agree', 'scores')]
     for file, table in zip(files, (agree.sort_values('oracle_seed', kind='stable'), scores[SCORED])):
-        write_csv(file, table)
+        run.write_csv(file, table)
     run.finish(f'score_{name}', files)
 
 # %% ../../nbs/77_experiment.networks.ipynb #13649f19
@@ -335,7 +337,7 @@ def run_method(
     keys = {k: v for k, v in network.columns.items() if k in TRACE}
     table = pd.DataFrame(trace.trace, columns=TRACE[3:]).assign(**keys)
     file = run.out / 'stages' / f'{name}.trace.csv'
-    write_csv(file, table[TRACE])
+    run.write_csv(file, table[TRACE])
     level = getattr(learn, 'level_record', None)  # of methods that estimate what an Oracle would reach
     run.finish(
         name,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..data.people import Veil
 from ..data.request import NothingToForget
 from .requests import at_line, folder_name
 from .runs import split_by_request
@@ -31,6 +32,12 @@ class Planned(NamedTuple):
     settings: Settings  # of its run
     splits: pd.DataFrame  # volumes with their column `split`; None where nothing is to be forgotten
     why: str  # there is nothing to forget; empty where there is
+    veil: Veil = Veil()  # between the names in the data and whatever is written
+
+    @property
+    def query(self):
+        "The request as records say it"
+        return self.veil.query(self.settings.request.query)
 
 
 def plan_requests(
@@ -38,6 +45,7 @@ def plan_requests(
     lines: list,  # of `read_requests`
     settings: Settings,  # of all runs but for the request
     volumes: pd.DataFrame,  # index of the data
+    veil: Veil = None,  # of the study; None: names stay
 ) -> list:  # of `Planned`, in the order of the file
     "Try every request on the data; raises `DataError` naming file and line for one that cannot be carried out"
     plans = []
@@ -50,7 +58,8 @@ def plan_requests(
             why = 'none of the volumes that it names was used for training'
         except DataError as e:
             raise at_line(path, line.number, e) from e
-        plans.append(Planned(folder_name(line.request.query), own, splits, why))
+        plan = Planned('', own, splits, why, veil or Veil())
+        plans.append(plan._replace(name=folder_name(plan.query)))
     return plans
 
 # %% ../../nbs/85_experiment.outcomes.ipynb #fdf97c76
@@ -71,7 +80,7 @@ def about_request(
 ) -> dict:  # with REQUEST_COLUMNS
     "What is known of a request before its run"
     row = dict.fromkeys(REQUEST_COLUMNS, np.nan) | dict(method='', kind='', model='', verdict='')
-    row |= dict(name=plan.name, query=plan.settings.request.query, reason=plan.settings.request.reason)
+    row |= dict(name=plan.name, query=plan.query, reason=plan.veil.text(plan.settings.request.reason))
     if plan.splits is None:
         return row | dict(patients=0, volumes=0, verdict=f'nothing to forget: {plan.why}')
     forget = plan.splits[plan.splits.split == 'forget_train']
@@ -176,7 +185,7 @@ def write_requests(
     with atomic_path(out / 'requests.md') as path:
         Path(path).write_text(to_markdown(shown) + f'\n*{LEAD[0]}*\n', encoding='utf-8')
     finished = [plan for plan in plans if (out / plan.name / 'report.html').exists()]
-    links = {plan.settings.request.query: f'{plan.name}/report.html' for plan in finished}
+    links = {plan.query: f'{plan.name}/report.html' for plan in finished}
     words = ['request', 'network', 'kind', 'verdict']
     write_index(out / 'index.html', f'Requests: {out.name}', LEAD, shown, links, words)
     return table

@@ -31,7 +31,9 @@ from .protocol import start_run, write_results
 from .requests import known_networks, network_key, read_requests, take_over, to_take_over
 from .runs import Run, load_volumes, write_timing
 from .settings import prepare
-from ..machinery.disk import DataError, claim
+from .surroundings import at_work, check_key, sources, veil_of
+from ..machinery.disk import DataError, claim, read_json
+from ..machinery.private import private_folder
 from ..machinery.workers import Progress, processes
 from ..show.sealed import check_sealed, has_own_pages
 from ..verdict.names import NetworkName
@@ -49,21 +51,25 @@ class _Begun(NamedTuple):
         return [stage for arm in self.arms for stage in arm.stages()]
 
 
-def _claim(out, settings, data, write=True):
+def _claim(out, settings, data, veil, write=True):
     "Make the folder that of this study, or find that it is; raises `DataError` if it is somebody else's"
     if os.path.lexists(Path(out) / 'config.json'):
         raise DataError(f'{out}: holds a single run; choose another folder with --out')
-    source = [str(d) for d in ([data] if isinstance(data, (str, Path)) else data)] if data else 'simulated'
+    path = Path(out) / 'study.json'
+    if data and os.path.lexists(path):
+        check_key(read_json(path, '; choose another with --out, or delete this one'), veil, path)
     shared = {name: value for name, value in settings.flat().items() if name not in ('query', 'reason')}
-    record = shared | {'data files': source}
+    record = shared | {'data files': sources(data, veil)} | (dict(pseudonyms=veil.key) if veil.key else {})
     about = dict(what='a study with other settings', foreign=None, advice='choose another with --out')
-    claim(out, record, 'study.json', write=write, **about)
+    claim(out, record, path.name, write=write, **about)
 
 
 def _begin(out, preset, plan, data):
     "The folder of a request, its arms, and whatever data they need besides"
-    run, splits = start_run(out / plan.name, preset, plan.settings, data, splits=plan.splits)
-    return _Begun(plan, run, all_arms(run.out, plan.settings, splits, home=out))
+    if data:
+        private_folder(out / plan.name)
+    run, splits = start_run(out / plan.name, preset, plan.settings, data, splits=plan.splits, veil=plan.veil)
+    return _Begun(plan, run, all_arms(run.out, plan.settings, splits, home=out, veil=plan.veil))
 
 # %% ../../nbs/86_experiment.study.ipynb #47dde05b
 def _all_known(begun):
@@ -106,7 +112,7 @@ def _has_report(run):
     return has_own_pages(run.out)
 
 
-def _finish(begun, known, at_once, devices, progress):
+def _finish(begun, known, at_once, devices, progress, **people):
     "Do what is left of one run, and write its tables and its report, unless they are there"
     run, settings, splits = begun.run, begun.plan.settings, begun.plan.splits
     start = time.perf_counter()
@@ -116,7 +122,7 @@ def _finish(begun, known, at_once, devices, progress):
     if ahead or not _has_report(run):
         (run.out / 'report.html').unlink(missing_ok=True)  # of an earlier state
         progress.say(f'{begun.plan.name}: tables and figures')
-        write_results(run, settings, splits, begun.arms)
+        write_results(run, settings, splits, begun.arms, **people)
         write_timing(run, time.perf_counter() - start)
 
 # %% ../../nbs/86_experiment.study.ipynb #92b0434c
@@ -131,26 +137,32 @@ def run_requests(
     organ: str = None,  # as in `run_protocol`
     jobs: int = None,  # as in `run_protocol`
     devices=None,  # as in `run_protocol`
+    identifiers: bool = False,  # as in `run_protocol`
+    key=None,  # as in `run_protocol`
+    forgotten_pictures: bool = False,  # as in `run_protocol`
     **settings,  # as in `run_protocol`, but query and reason
 ) -> pd.DataFrame:  # with REQUEST_COLUMNS: a row for each request and network
     "Run the experiment for every request of a file, or what is left of it. Raises `DataError` on bad input"
     chosen, at_once = prepare(preset, settings), processes(jobs, devices)
     lines = read_requests(file, chosen.request.allow_mixed)
     out = Path(out or Path('runs') / f'{preset}_requests')
-    _claim(out, chosen, data)
-    volumes = load_volumes(
-        out, chosen, data, show, **(dict(strict=strict, organ=organ, unchecked=unchecked) if data else {})
-    )
-    plans = plan_requests(file, lines, chosen, volumes)
-    begun = [_begin(out, preset, plan, data) for plan in plans if plan.splits is not None]
-    for arm in (arm for b in begun for arm in b.arms):
-        arm.write_data(show)
-    with Progress(sum(_work_ahead(begun)), show) as progress:
-        for b in begun:
-            _finish(b, _all_known(begun), at_once, devices, progress)
-            write_requests(out, plans)
-        progress.say('done')
-    return write_requests(out, plans)
+    veil, index = veil_of(data, identifiers, key, out), dict(strict=strict, organ=organ, unchecked=unchecked)
+    _claim(out, chosen, data, veil, write=False)
+    volumes = load_volumes(out, chosen, data, show, veil=veil, **index) if data else None
+    people = dict(private=bool(data), pictures=forgotten_pictures)
+    with at_work(out, data):
+        _claim(out, chosen, data, veil)
+        volumes = load_volumes(out, chosen, None, show) if volumes is None else volumes
+        plans = plan_requests(file, lines, chosen, volumes, veil)
+        begun = [_begin(out, preset, plan, data) for plan in plans if plan.splits is not None]
+        for arm in (arm for b in begun for arm in b.arms):
+            arm.write_data(show)
+        with Progress(sum(_work_ahead(begun)), show) as progress:
+            for b in begun:
+                _finish(b, _all_known(begun), at_once, devices, progress, **people)
+                write_requests(out, plans)
+            progress.say('done')
+        return write_requests(out, plans)
 
 # %% ../../nbs/86_experiment.study.ipynb #acea63d1
 def _planned_rows(plans, arms, times, relative):
@@ -185,17 +197,17 @@ def _originals(out, plans):
     return known
 
 
-def _levels(out, file, lines, settings, data, plans, **index):
+def _levels(out, file, lines, settings, data, plans, veil, **index):
     "What is said of the level of each request; the data of `plans` need not exist"
     if out is None or not (Path(out) / 'study.json').is_file() or not (data or (Path(out) / 'data').is_dir()):
         return [said_level(None, plan.settings, None) if plan.splits is not None else '' for plan in plans]
     out, said = Path(out), []
     try:
-        _claim(out, settings, data, write=False)
+        _claim(out, settings, data, veil, write=False)
     except DataError as e:
         return [f'{LATER}; {e}' if plan.splits is not None else '' for plan in plans]
     volumes = load_volumes(out, settings, data, False, **(index if data else {}))
-    plans = plan_requests(file, lines, settings, volumes)
+    plans = plan_requests(file, lines, settings, volumes, veil)
     known = _originals(out, plans)
     for plan in plans:
         if plan.splits is None:
@@ -217,17 +229,21 @@ def dry_run_requests(
     jobs: int = None,  # as in `run_protocol`
     devices=None,  # as in `run_protocol`
     out=None,  # folder of the study, for the Original that may be there; None: there is none
+    identifiers: bool = False,  # as in `run_protocol`
+    key=None,  # as in `run_protocol`
     **settings,  # as in `run_requests`
 ) -> tuple:  # (table with one row a request, seconds for all)
     "What `run_requests` would do with the same arguments, and about its cost; raises `DataError` as that would"
     chosen, at_once = prepare(preset, settings), processes(jobs, devices)
     lines, simulated = read_requests(file, chosen.request.allow_mixed), not data and bool(chosen.data.preset)
+    veil = veil_of(data, identifiers, key, out)
+    index = dict(strict=strict, organ=organ, unchecked=unchecked, veil=veil)
     with tempfile.TemporaryDirectory() as folder:
         if simulated:
             volumes = planned_index(chosen.data.preset, folder, chosen.seed)
         else:
-            volumes = load_volumes(None, chosen, data, strict=strict, organ=organ, unchecked=unchecked)
-        plans = plan_requests(file, lines, chosen, volumes)
+            volumes = load_volumes(None, chosen, data, **index)
+        plans = plan_requests(file, lines, chosen, volumes, veil)
         real = [plan for plan in plans if plan.splits is not None]
         if not real:
             raise DataError(f'{file}: no request names anything that was used for training')
@@ -235,7 +251,7 @@ def dry_run_requests(
         extras = True if simulated else None
         arms = {p.name: all_arms(Path(folder) / 'run' / p.name, p.settings, p.splits, extras) for p in real}
         table = _planned_rows(plans, arms, times, relative)
-    table['level'] = _levels(out, file, lines, chosen, data, plans, strict=strict, organ=organ, unchecked=unchecked)
+    table['level'] = _levels(out, file, lines, chosen, data, plans, **index)
     return table, float(table.seconds.sum()) / at_once
 
 # %% ../../nbs/86_experiment.study.ipynb #a2ad91c7

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from .runs import TRACE
-from ..machinery.disk import write_csv
 from ..show.reading import FORMER
 from ..verdict.checks import collateral, holds_memory, shared_knowledge
 from ..verdict.equivalence import equivalence, margin, paired_differences
@@ -240,6 +239,12 @@ def _joined(tables):
     return pd.concat(tables, ignore_index=True) if tables else None
 
 
+def _left(arm, kind):
+    "Tables of one kind that the stages of an arm have left, with the names of its volumes, in the order of these"
+    tables = [arm.run.veil.back(table, arm.splits) for table in arm.run.tables(kind)]
+    return sorted(tables, key=lambda t: f'{t.volume.iloc[0]}.null.csv') if kind == 'null' else tables
+
+
 def _records(arm):
     "Records of the networks that were trained or unlearned"
     return {network: arm.run.read(network.stage) for network in arm.networks if arm.run.done(network.stage)}
@@ -255,8 +260,8 @@ def _work_table(records):
 
 def _further(arm, planted):
     "Tables of what else was looked at: name -> DataFrame or None"
-    found = _joined(planted.run.tables('planted')) if planted else None
-    null, third = _joined(arm.run.tables('null')), _joined(arm.run.tables('third'))
+    found = _joined(_left(planted, 'planted')) if planted else None
+    null, third = _joined(_left(arm, 'null')), _joined(_left(arm, 'third'))
     if found is not None:
         found = found.assign(patient_id=found.volume.map(planted.splits.set_index('fname').patient_id))
     return dict(
@@ -281,7 +286,7 @@ def collect(
 ) -> dict:  # name -> DataFrame; None for what was not looked at
     "All tables of a run from what the stages left, also written to its folder as CSV"
     run = arm.run
-    results, agree = pd.concat(run.tables('scores')), pd.concat([t for t in run.tables('agree') if len(t)])
+    results, agree = pd.concat(_left(arm, 'scores')), pd.concat([t for t in _left(arm, 'agree') if len(t)])
     further, records = _further(arm, planted), _records(arm)
     work = _work_table(records)
     verdict = verdict_table(results, agree, _by_network([further['hallucination'], further['third']]))
@@ -295,11 +300,11 @@ def collect(
         collateral=collateral(grouped, ('organ', 'acquisition', 'site', 'lesions')),
         memory=holds_memory(results),
         trace=whole_trace(summary, run.tables('trace'), arm.settings.unlearning.rounds),
-        matrix=knowledge_matrix(results, arm.settings.request.query),
+        matrix=knowledge_matrix(results, run.veil.query(arm.settings.request.query)),
         levels=level_table(records, results),
     )
     tables['over_seeds'] = over_seeds(verdict, summary) if arm.settings.unlearning.seeds > 1 else None
     for name, table in tables.items():
         if table is not None:
-            write_csv(run.out / f'{name}.csv', table)
+            run.write_csv(run.out / f'{name}.csv', table)
     return tables

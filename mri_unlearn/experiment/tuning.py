@@ -19,6 +19,7 @@ from .networks import agree_with_oracles, trained_networks, unlearned_learner, u
 from .protocol import start_run
 from .runs import write_timing
 from .settings import Settings, prepare
+from .surroundings import at_work
 from ..machinery.disk import DataError, read_json, visible, write_csv, write_json
 from ..machinery.workers import SCORE_COST, processes
 from ..network.learner import Tick, WorkMeter
@@ -273,14 +274,15 @@ def tune(
     trials, out, start = choose_trials(methods, trials), Path(out), time.perf_counter()
     chosen, at_once = _rehearsal_settings(preset, trials, seed, settings), processes(jobs, devices)
     _check_scores(out)
-    run, splits = start_run(out, preset, chosen, show=show)
-    arm = Rehearsal(out, chosen, splits, trials)
-    _check_trials(arm)
-    ahead = run_stages(arm.stages(), at_once, show, devices, threads=run.threads)
-    if ahead or not (out / 'timing.json').exists():
-        write_timing(run, time.perf_counter() - start)
-    table = trial_table(arm)
-    write_csv(out / 'trials.csv', table)
-    best = table[table.method != 'original'].groupby('method').head(1)
-    write_json(out / 'tuned.json', {m: json.loads(own) for m, own in zip(best.method, best.settings)})
+    with at_work(out, None):
+        run, splits = start_run(out, preset, chosen, show=show)
+        arm = Rehearsal(out, chosen, splits, trials)
+        _check_trials(arm)
+        ahead = run_stages(arm.stages(), at_once, show, devices, threads=run.threads)
+        if ahead or not (out / 'timing.json').exists():
+            write_timing(run, time.perf_counter() - start)
+        table = trial_table(arm)
+        write_csv(out / 'trials.csv', table)
+        best = table[table.method != 'original'].groupby('method').head(1)
+        write_json(out / 'tuned.json', {m: json.loads(own) for m, own in zip(best.method, best.settings)})
     return table

@@ -139,7 +139,7 @@ class Adapter(Wrapper):
             image = center_crop(image, shape[-2:])
         return image * scan.scale[:, None, None]
 
-# %% ../../nbs/40a_network.adapter.ipynb #1dfa2c44
+# %% ../../nbs/40a_network.adapter.ipynb #9e086619
 def adapted(
     model: nn.Module,  # any network; its class may have attributes `takes`, `gives` and `multiple`
     takes: str = None,  # what it is given, see `Adapter`; None: as its class says, else as the loaders have it
@@ -158,8 +158,8 @@ def adapted(
         raise DataError('this network has an adapter already; give the network that is inside, unwrapped(model)')
     if inside or all(a is None for a in asked):
         return model
-    own = getattr(bare, 'input', None)
-    return Adapter(model, asked[0] or ('kspace' if own == 'kspace' else 'magnitude'), asked[1], asked[2] or 1)
+    usual = 'kspace' if getattr(bare, 'input', None) == 'kspace' else 'magnitude'
+    return Adapter(model, asked[0] or usual, asked[1], asked[2] or 1)
 
 # %% ../../nbs/40a_network.adapter.ipynb #e0d4112d
 def own_network(
@@ -183,7 +183,7 @@ def own_network(
     model.made_again = again
     return model.eval()
 
-# %% ../../nbs/40a_network.adapter.ipynb #1f21ed68
+# %% ../../nbs/40a_network.adapter.ipynb #e3a6c002
 FACTOR = 30  # by which a mean or a spread may differ from that of the zero-filled image
 
 
@@ -208,11 +208,12 @@ def _answer(model, x):
     except DataError:
         raise
     except Exception as e:
-        found = ', '.join(f'{str(t.dtype).removeprefix("torch.")} {list(t.shape)}' for t in x)
+        given = [' + '.join(m.takes) + ' of' for m in chain_of(model) if isinstance(m, Adapter)]
+        given += [f'{str(t.dtype).removeprefix("torch.")} {list(t.shape)}' for t in x]
         why = (str(e).strip().splitlines() or ['no message'])[0][:200]
         raise DataError(
-            f'{type(unwrapped(model)).__name__}: raised {type(e).__name__} ({why}) as it was given {found}; if it '
-            'takes another form, say takes= to network.adapter.adapted, and multiple=16 if it halves its images'
+            f'{type(unwrapped(model)).__name__}: raised {type(e).__name__} ({why}) as it was given {" ".join(given)}; '
+            'if it takes another form, say takes= to network.adapter.adapted, and multiple=16 if it halves its images'
         ) from e
     if any(not torch.equal(a, b) for a, b in zip(x, before)):
         raise DataError(
@@ -295,7 +296,7 @@ def _check_train(model, x, y, input, rows):
 # %% ../../nbs/40a_network.adapter.ipynb #90033660
 #| export
 
-# %% ../../nbs/40a_network.adapter.ipynb #ab6eeffb
+# %% ../../nbs/40a_network.adapter.ipynb #e1ac7078
 def _check_alone(model, x):
     "What an answer depends on beside its slice, in words; raises `DataError` for random numbers"
     name = type(unwrapped(model)).__name__
@@ -315,7 +316,7 @@ def _check_alone(model, x):
     mixed = any((answer[0] - alone[0]).abs().max() > rounding for answer in (both, beside))
     return ['mixes the slices of a batch: an answer depends on what else is in it'] if mixed else []
 
-
+# %% ../../nbs/40a_network.adapter.ipynb #b5360dee
 def check_network(
     model: nn.Module,  # any network, with its adapter if it needs one; is not changed
     batch,  # loaders, a `ReconDL`, or a batch of one: the inputs of the network, then `Targets`
@@ -328,14 +329,13 @@ def check_network(
     if n != (1 if input == 'image' else 3):
         raise DataError(f'this network needs loaders with input={input!r}; the batch has {n} inputs')
     x, y = batch[:n], Targets(*batch[n:])
-    name = type(unwrapped(model)).__name__
     _check_weights(unwrapped(model))
     trial = copy.deepcopy(model).to(x[0].device)
     with _all_seeded(0), torch.enable_grad():
         said = _check_train(trial.train(), x, y._replace(target=y.image), input, rows)
         with torch.no_grad():
             said += _check_alone(trial.eval(), x)
-    said = [f'{name}: {sentence}' for sentence in said]
+    said = [f'{type(unwrapped(model)).__name__}: {sentence}' for sentence in said]
     for sentence in said:
         warnings.warn(sentence)
     return said

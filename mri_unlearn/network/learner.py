@@ -25,7 +25,7 @@ from fastcore.meta import delegates
 from torch import nn
 from tqdm import tqdm
 
-from ..data.answers import _as_large, one_channel, to_image
+from ..data.answers import as_large, one_channel, to_image
 from ..data.slices import Targets
 from ..machinery.disk import DataError
 from .lineage import KeepOut
@@ -61,7 +61,7 @@ class ReconLoss:
         if self.kind == 'ssim' or self.input == 'kspace':
             return self.of_images(to_image(pred, y, self.input), *yb)
         target = ((y.target - y.mean[:, None, None]) / y.std[:, None, None]).clamp(-6, 6)
-        return (_as_large(one_channel(pred), target) - target).abs().mean((1, 2))
+        return (as_large(one_channel(pred), target) - target).abs().mean((1, 2))
 
     def __call__(self, pred, *yb, reduction='mean'):
         losses = self.per_item(pred, *yb)
@@ -101,7 +101,7 @@ class PlainLoss:
         target = (y.target - mean) / std
         if self.input == 'kspace':
             return ((to_image(pred, y, 'kspace') - mean) / std)[:, None], target[:, None]
-        return one_channel(pred)[:, None], target.clamp(-6, 6)[:, None]
+        return as_large(one_channel(pred), target)[:, None], target.clamp(-6, 6)[:, None]
 
     def of_item(self, *item):
         "The loss of one slice, a scalar; raises `DataError` where it is none"

@@ -21,8 +21,10 @@ from ..machinery.pictures import CSS_DPI, DPI
 from .figures import save_figure
 from .plots import plot_gap_plane, plot_knowledge_matrix, plot_retain_fraction, plot_trace
 from mri_unlearn.show.reading import (
+    _flat,
     has_oracle,
     is_simulated,
+    left_out,
     provenance,
     read_run,
     sides_of,
@@ -183,16 +185,6 @@ _SETTINGS = """<p>Revision of the code: <code>{{ revision or 'not recorded' }}</
 {{ t.table(['setting', 'value'], settings, ['setting', 'value']) }}"""
 
 
-def _flat(value, name=''):
-    "A nested setting as (dotted name, value as text) pairs"
-    if isinstance(value, dict):
-        return [pair for key, x in value.items() for pair in _flat(x, f'{name}.{key}' if name else str(key))]
-    if isinstance(value, list) and any(isinstance(x, dict) for x in value):
-        return [pair for i, x in enumerate(value) for pair in _flat(x, f'{name}[{i}]')]
-    text = ', '.join(map(str, value)) if isinstance(value, list) else 'none' if value is None else str(value)
-    return [(name, text)]
-
-
 @section('Settings, versions, seeds', after='limits', template=_SETTINGS)
 def _settings(run):
     shown = {name: value for name, value in run.config.items() if name not in ('request', 'git_revision')}
@@ -279,7 +271,8 @@ def _body(environment, part, run):
     if shown is None:
         return Markup('<p>{}</p>').format(part.absent)
     template = environment.from_string("{% import 'table' as t %}" + part.template)
-    return Markup(template.render(shown))
+    said = left_out(run) if 'reconstructions_forget' in part.figures else ''
+    return Markup(template.render(shown)) + (Markup('<p class="note">{}</p>').format(said) if said else '')
 
 
 def _html(run, sections):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUMMARY_SCORES', 'SUMMARY', 'RESULTS', 'RUN_TABLES', 'FORMER', 'read_table', 'read_config', 'read_run', 'split_sizes',
            'provenance', 'is_simulated', 'has_oracle', 'with_gaps', 'distance', 'one_per_method', 'tested',
-           'oracle_band', 'sides_of', 'judged_scans']
+           'oracle_band', 'sides_of', 'judged_scans', 'left_out']
 
 # %% ../../nbs/68_show.reading.ipynb #8f39f6d8
 import os
@@ -250,3 +250,26 @@ def judged_scans(
     scans |= {'forget': 'forgotten training scans'} if split == 'forget_train' else {}
     names = {side: name for side, name in (names or {}).items() if name != side}
     return {side: f'{names[side]} ({said})' if side in names else said for side, said in scans.items()}
+
+# %% ../../nbs/68_show.reading.ipynb #5a8bf07a
+def left_out(
+    run,  # of `read_run`; its figures are asked
+) -> str:  # '': nothing was
+    "What there is to say where a run shows what is kept and not what is to be forgotten"
+    drawn = {path.stem for path in run.figures}
+    if 'reconstructions_retain' not in drawn or 'reconstructions_forget' in drawn:
+        return ''
+    return (
+        'There is no picture of what is to be forgotten: it would show people who asked to be forgotten. Start the '
+        'run again with --forgotten-pictures (forgotten_pictures=True) to have it drawn.'
+    )
+
+
+def _flat(value, name=''):
+    "A nested setting as (dotted name, value as text) pairs"
+    if isinstance(value, dict):
+        return [pair for key, x in value.items() for pair in _flat(x, f'{name}.{key}' if name else str(key))]
+    if isinstance(value, list) and any(isinstance(x, dict) for x in value):
+        return [pair for i, x in enumerate(value) for pair in _flat(x, f'{name}[{i}]')]
+    text = ', '.join(map(str, value)) if isinstance(value, list) else 'none' if value is None else str(value)
+    return [(name, text)]

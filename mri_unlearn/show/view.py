@@ -13,9 +13,12 @@ import ipywidgets as widgets
 import pandas as pd
 
 from ..data.loaders import ReconDL
+from ..data.people import Veil
 from ..data.slices import SliceDataset
 from ..data.stamps import content_stamp
+from ..data.volumes import index_volumes
 from ..machinery.disk import DataError, file_digest, read_json
+from ..machinery.private import Pseudonyms, read_key
 from ..network.metrics import psnr, square_crop, volume_scores
 from ..network.weights import input_of, load_network
 from .reading import read_run, read_table
@@ -26,6 +29,30 @@ from ..unlearn.catalog import RECOMMENDED
 from ..verdict.evaluate import reconstruct_volumes
 from ..verdict.hallucination import hallucination_maps, read_case, volume_mask
 from ..verdict.names import NetworkName, networks
+
+# %% ../../nbs/88_show.view.ipynb #d8475b8b
+def _hidden_scans(run, data, key):
+    "Scans of a run that carries pseudonyms: pseudonym -> (path, name); and the veil that gave them"
+    theirs, veil = run.config.get('pseudonyms'), Veil()
+    if not theirs:
+        return {}, veil
+    if not data:
+        raise DataError(f'{run.path}: carries pseudonyms for its files; say where they are: data=FOLDER')
+    veil = Veil(Pseudonyms(read_key(key, make=False)))
+    if veil.key != theirs:
+        raise DataError(f'{run.path}: has pseudonyms of the key {theirs}, found the key {veil.key}; name its own: key=')
+    index = index_volumes(data)
+    return {veil.of('scan', fname): (path, fname) for path, fname in zip(index.path, index.fname)}, veil
+
+
+def _hidden_scan(row, scans, veil):
+    "The row with the path and the name of its file, by which its mask is drawn"
+    if row['fname'] not in scans:
+        raise DataError(f'{row["fname"]}: no scan in these data has this pseudonym. Name the folders of the run.')
+    path, fname = scans[row['fname']]
+    if row.get('content') and veil.of('content', content_stamp(path)) != row['content']:
+        raise DataError(f'{path}: is not the scan that the run was made with. Put that one back.')
+    return row | dict(path=path, fname=fname)
 
 # %% ../../nbs/88_show.view.ipynb #ffcaa271
 _VOLUMES = (
@@ -97,18 +124,24 @@ class RunView:
     def __init__(
         self,
         folder,  # str or Path: of the run; nothing is written there
+        data=None,  # folder(s) of its files; needed where the run carries pseudonyms for them
+        key=None,  # file of the key of pseudonyms; None: that of `machinery.private.key_path`
     ):
         self.run = read_run(folder)
+        scans, veil = _hidden_scans(self.run, data, key)
         self.volumes, self.mask, self.methods = _scored_volumes(self.run), _sampling_of(self.run), _unlearned(self.run)
         if not self.methods:
             raise DataError(f'{self.run.path}: this run has no unlearned network to look at')
         self.original = NetworkName('original')
         self.oracles = sorted((n for n in networks(self.run.summary) if n.kind == 'oracle'), key=lambda n: n.seed)
         self.network = lru_cache(64)(lambda name: _load(self.run, name))
-        self.scan = lru_cache(256)(lambda fname: _scan_of(self.run, self.volumes[fname]))
+        self.scan = lru_cache(256)(lambda fname: self._found(self.volumes[fname], scans, veil))
         self._batch = lru_cache(2)(self._one_slice)
         self.image = lru_cache(256)(self._image)
         self.case = lru_cache(2)(self._case)  # a third of a gigabyte each at 320 x 320
+
+    def _found(self, row, scans, veil):
+        return _hidden_scan(row, scans, veil) if veil.key else _scan_of(self.run, row)
 
     def _one_slice(self, fname, number, input):
         data = SliceDataset(pd.DataFrame([self.scan(fname)]), self.mask, input=input)
@@ -206,11 +239,13 @@ def run_picture(
     null_space: bool = False,  # also the null-space maps; the first look at a slice takes a second or more
     *,
     error_share: float = 0.1,  # share of the target's maximum at which all maps saturate
+    data=None,  # as in `RunView`
+    key=None,  # as in `RunView`
 ) -> tuple:  # PNG, caption
     """A slice as zero-filled image, Original, Oracle and unlearned network make it, their differences, and the numbers.
 
     Raises `DataError` for a folder that is no run, for what the run has not, and for files that are not its own."""
-    view = run if isinstance(run, RunView) else RunView(run)
+    view = run if isinstance(run, RunView) else RunView(run, data, key)
     fname, number, name = _chosen(view, volume, slice_num, method, fraction)
     shown = {'zero-filled': None, 'Original': view.original}
     shown |= {oracle.label: oracle for oracle in view.oracles[:1]} | {name.label: name}
@@ -235,9 +270,11 @@ def _fractions(view, method):
 
 def explore_run(
     folder,  # str or Path: of a finished run; or a `RunView`
+    data=None,  # as in `RunView`
+    key=None,  # as in `RunView`
 ) -> widgets.VBox:  # raises `DataError` for a folder that is no run
     "Controls over `run_picture`: volume, slice, method, retain fraction, null-space maps"
-    view = folder if isinstance(folder, RunView) else RunView(folder)
+    view = folder if isinstance(folder, RunView) else RunView(folder, data, key)
     volumes = [
         (f'{r["split"]}: {r["organ"]} {r["acquisition"]}, {r["patient_id"]}, {f}', f) for f, r in view.volumes.items()
     ]

@@ -288,7 +288,7 @@ def unlearn(
     student = unlearning_learner(learn, pool, m, bs, steps, seed)
     check_foreign(student.model, student.dls.train)
     student.taught, student.known_volumes = taught_volumes(learn, volumes), volumes
-    student.held_out = check_held_out(held_out, volumes)
+    student.held_out = check_held_out(held_out, volumes[~volumes.split.astype(str).str.endswith('test')])
     extra = [LossTerms(), OneStep(), SkipValidation(), *callbacks] + ([GradientClip(clip)] if clip else [])
     student.add_cbs(extra + list(cbs or []))
     student.budget *= rounds

@@ -9,7 +9,7 @@ __all__ = ['Structure', 'draw_mark', 'draw_stripes', 'template', 'body_of', 'cho
 # %% ../../nbs/65_verdict.planted.ipynb #2e6d030e
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from ..data.files import read_array, read_extras, read_target
 from ..data.meta import read_header, read_meta
+from ..data.people import Veil
 from ..data.writing import rss_target, write_volume
 from ..data.header import padding_in
-from ..machinery.disk import DataError
+from ..machinery.disk import DataError, write_csv
 from ..signal.kspace import center_crop, fft2c, ifft2c
 from ..signal.masks import fixed_mask, mask_func
 from .evaluate import reconstruct_volumes
@@ -162,6 +163,7 @@ def plant(
     mask,  # from `fixed_mask`
     stripes: bool = True,  # False: marks alone
     seed: int = 0,  # of the places, together with the name of the file
+    veil: Veil = None,  # the patient is written as it has them; None: as the file has them
 ) -> list:  # of dicts, one a mark: volume, slice, row, col (of the image), amplitude, stripes
     """A copy of a volume with marks and stripes; raises `DataError` for a file without extras.
 
@@ -184,6 +186,9 @@ def plant(
         where = [dict(volume=path.name, slice=i, row=row, col=col) for row, col in places]
         marked += [at | dict(amplitude=float(amplitude[at['row'], at['col']]), stripes=stripes) for at in where]
     whose = dict(acquisition=about['acquisition'], patient_id=about['patient_id'])
+    if veil and veil.key:
+        whose = dict(acquisition=veil.text(whose['acquisition']), patient_id=veil.of('person', whose['patient_id']))
+        header = replace(header, patient_id=whose['patient_id'], protocol='')
     write_volume(out, kspace, header=header, **whose, extras=dict(object=obj, maps=maps))
     return marked
 
@@ -221,12 +226,12 @@ def _link(source, to):
 class _Planter:
     "Plants one structure into volumes and keeps the places"
 
-    def __init__(self, structure, mask, seed):
-        self.structure, self.mask, self.seed, self.places = structure, mask, seed, []
+    def __init__(self, structure, mask, seed, veil):
+        self.structure, self.mask, self.seed, self.veil, self.places = structure, mask, seed, veil, []
 
     def __call__(self, row, to, stripes):
         "Row of the planted copy of a volume"
-        self.places += plant(row['path'], to, self.structure, self.mask, stripes, self.seed)
+        self.places += plant(row['path'], to, self.structure, self.mask, stripes, self.seed, self.veil)
         return row | dict(path=str(to), max=read_meta(to).attrs['max'])
 
 # %% ../../nbs/65_verdict.planted.ipynb #61f10b1b
@@ -237,6 +242,7 @@ def planted_dataset(
     mask=None,  # from `fixed_mask`, the one to train and test with; None: equispaced, 4×, centre 0.08
     seed: int = 0,  # of the places
     progress: bool = False,  # show a bar
+    veil: Veil = None,  # names of people and files are written as it has them; what is not changed is then not copied
 ) -> Planted:
     """Plant a structure into all forget volumes.
 
@@ -244,11 +250,14 @@ def planted_dataset(
     """
     mask, out, volumes, probes = mask or fixed_mask(mask_func('equispaced', [0.08], [4])), Path(out), [], []
     _check_fixed(mask, int(splits.cols.iloc[0]))
-    planter = _Planter(structure, mask, seed)
+    veil = veil or Veil()
+    planter = _Planter(structure, mask, seed, veil)
     for row in tqdm(splits.to_dict('records'), desc='plant', unit='volume', disable=not progress):
-        name = Path(row['folder']) / row['fname']
+        name = Path(veil.of('place', row['folder'])) / veil.file(row['fname'])
         if row['split'].startswith('forget'):
             volumes.append(planter(row, out / 'data' / name, stripes=True))
+        elif veil.key:
+            volumes.append(row)
         else:
             _link(row['path'], out / 'data' / name)
             volumes.append(row | dict(path=str(out / 'data' / name)))
@@ -257,7 +266,7 @@ def planted_dataset(
     if not probes:
         raise DataError('no retain test volumes: nowhere to look for the planted structure; choose another split')
     places = pd.DataFrame(planter.places)
-    places.to_csv(out / 'places.csv', index=False)
+    write_csv(out / 'places.csv', veil.table(places))
     return Planted(pd.DataFrame(volumes), pd.DataFrame(probes), places, structure, mask)
 
 # %% ../../nbs/65_verdict.planted.ipynb #e21f0dfd

@@ -1,0 +1,106 @@
+"""Commands with a network of one's own, on a device, into the formats of others."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from mri_unlearn.command.networks import add_commands
+from mri_unlearn.machinery.disk import DataError
+from mri_unlearn.phantom.simulate import simulate_dataset
+
+KNEE = "organ == 'knee'"
+NETS = """
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, chans=4):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, chans, 3, padding=1), nn.ReLU(), nn.Conv2d(chans, 1, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.net(x)
+"""
+OWN = ['--network', 'nets_of_a_test:Tiny', '--network-args', '{"chans": 3}', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp('home')
+    simulate_dataset(home / 'scans', 'tiny', progress=False)
+    (home / 'nets_of_a_test.py').write_text(NETS)
+    return home
+
+
+@pytest.fixture
+def run(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+
+    def run(*words):
+        parser = argparse.ArgumentParser()
+        add_commands(parser.add_subparsers())
+        args = parser.parse_args([words[0], '--data', 'scans', *map(str, words[1:])])
+        args.do(args)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_network_of_ones_own_goes_through_all_commands(run, home):
+    run('train', *OWN, '--epochs', 1, '--out', 'own.pt')
+    run('train', *OWN, '--epochs', 1, '--only', "organ == 'brain'", '--out', 'oracle.safetensors')
+    few = ['--forget', KNEE, '--method', 'nl_ft', '--rounds', 1, '--steps', 1, '--clip', 'none']
+    run('unlearn', *OWN, '--model', 'own.pt', *few, '--out', 'forgot.ckpt')
+    record = json.loads((home / 'forgot.json').read_text())
+    assert record['made_by']['network'] == 'nets_of_a_test:Tiny' and record['settings']['clip'] is None
+    models = ['--model', 'own.pt', 'forgot.ckpt', '--oracle', 'oracle.safetensors']
+    said = run('evaluate', *OWN, *models, '--forget', KNEE)
+    assert said.count('not decided: 2 patients') == 4 and 'PSNR minus that of the Oracle' in said
+    assert 'reconstructed: 13' in run('reconstruct', *OWN, '--model', 'forgot.ckpt', '--out', 'images')
+
+
+@pytest.mark.parametrize(
+    'words, says',
+    [
+        (['--network', 'nets_of_a_test:Large'], "has no 'Large'"),
+        (['--network', 'nowhere_at_all:Tiny'], 'nowhere_at_all'),
+        (['--network', 'nets_of_a_test:Tiny', '--network-args', '{"depth": 3}'], 'depth'),
+        (['--network', 'nets_of_a_test:Tiny', '--takes', 'banana'], 'banana'),
+        (['--gives', 'image'], '--gives goes with --network'),
+        (['--network', 'nets_of_a_test:Tiny', '--chans', '8'], '--chans goes with a U-Net or VarNet'),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_anything_is_written(run, home, words, says):
+    with pytest.raises(DataError, match=says):
+        run('train', *words, '--out', 'never.pt')
+    assert not (home / 'never.pt').exists()
+
+
+@pytest.mark.parametrize('ending', ['ckpt', 'safetensors'])
+def test_formats_of_others_go_in_and_out(run, home, ending):
+    "A file that the command has written may be replaced by it, and is read again"
+    size = ['--chans', 2, '--pools', 1, '--epochs', 1, '--out', f'net.{ending}']
+    run('train', *size)
+    run('train', *size)
+    few = ['--forget', KNEE, '--method', 'ga', '--rounds', 1, '--steps', 1]
+    run('unlearn', '--model', f'net.{ending}', *few, '--out', f'forgot_{ending}.{ending}')
+    assert 'forgot' in run('evaluate', '--model', f'forgot_{ending}.{ending}')
+    if ending == 'ckpt':
+        found = torch.load(home / f'forgot_{ending}.ckpt', weights_only=True)
+        assert found['hyper_parameters']['chans'] == 2 and all(n.startswith('unet.') for n in found['state_dict'])
+
+
+def test_a_checkpoint_of_a_training_goes_back_out_as_one(run, home):
+    from mri_unlearn.network.weights import new_unet
+
+    weights = {f'unet.{name}': tensor for name, tensor in new_unet(3, chans=2, num_pool_layers=1).state_dict().items()}
+    began = {'state_dict': weights, 'pytorch-lightning_version': '1.4.2', 'hyper_parameters': {'chans': 2, 'lr': 3e-4}}
+    torch.save(began | {'optimizer_states': [{'state': {0: {'exp_avg': torch.ones(3)}}}]}, home / 'began.ckpt')
+    few = ['--forget', KNEE, '--method', 'ga', '--rounds', 1, '--steps', 1]
+    run('unlearn', '--model', 'began.ckpt', *few, '--out', 'ended.ckpt')
+    found = torch.load(home / 'ended.ckpt', weights_only=True)
+    assert list(found['state_dict']) == list(weights) and found['hyper_parameters'] == began['hyper_parameters']
+    assert found['pytorch-lightning_version'] == '1.4.2' and 'optimizer_states' not in found
+    assert any(not torch.equal(found['state_dict'][name], tensor) for name, tensor in weights.items())
