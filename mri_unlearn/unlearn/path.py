@@ -207,6 +207,13 @@ class _OnALine(Callback):
             {k: torch.lerp(self.start[k], e, at[k]) if k in lines else e for k, e in end.items()}
         )
 
+    def _where(self, aim, known):
+        "(where the aimed level is thought to be, slope there), from the levels at the start, before the end, and there"
+        t, slope = point_of(aim, self.probe, *(level for _, level in known))
+        if not slope < 0:
+            t, slope = crossing(aim, known) or (t, slope)
+        return self._within(t), slope
+
     def _within(self, t):
         return min(max(t, self.between[0]), self.between[1])
 
@@ -258,11 +265,9 @@ class Settle(_OnALine):
         self._go(end, self.probe)
         before = over_zero_filled(self.learn, self.looks)
         known = [(0.0, self.first), (self.probe, before), (1.0, there)]
-        t, slope = point_of(aim, self.probe, self.first, before, there)
-        if not slope < 0:
-            t, slope = crossing(aim, known) or (t, slope)
-        level, t = there, self._within(t)
+        t, slope = self._where(aim, known)
         self._go(end, t)
+        level = there
         if slope < 0:
             level = over_zero_filled(self.learn, self.looks)
             t = self._within(mended(aim, t, level, slope, known))

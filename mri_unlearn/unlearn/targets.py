@@ -94,6 +94,12 @@ def noise_like(
     return noise * x.std((1, 2, 3), keepdim=True) + x.mean((1, 2, 3), keepdim=True)
 
 # %% ../../nbs/49_unlearn.targets.ipynb #84b405f3
+def _names_of_ends(learn):
+    "The names of the modules at which the encoders of a Learner's network end"
+    ends, every = encoder_ends(learn.model, seen_batch(learn)), unwrapped(learn.model).named_modules()
+    return [name for name, module in every if any(module is end for end in ends)]
+
+
 def _at(net, names):
     "The modules of these names"
     return [unwrapped(net).get_submodule(name) for name in names]
@@ -142,8 +148,7 @@ class EncoderMatch(LossTerm):
 
     def before_fit(self):
         self.net = deepcopy(self.model).eval().requires_grad_(False)
-        ends, every = encoder_ends(self.model, seen_batch(self.learn)), unwrapped(self.model).named_modules()
-        self.ends = [name for name, module in every if any(module is end for end in ends)]
+        self.ends = _names_of_ends(self.learn)
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def before_batch(self):
@@ -168,8 +173,7 @@ class EncoderMatch(LossTerm):
         retain, forget = (self.distances[rows].mean() if rows.any() else 0.0 for rows in sides)
         return self.now() * (retain + self.alpha * forget)
 
-    def after_batch(self):
-        self._take_off()  # a batch that was cancelled before it had an answer
+    after_batch = _take_off  # a batch that was cancelled before it had an answer
 
     def after_fit(self):
         self._take_off()  # a training that was cancelled
