@@ -233,7 +233,7 @@ def test_a_study_of_several_requests_names_nobody(scans, tmp_path, capsys):
 def test_what_a_run_need_not_keep_goes_and_the_run_stays_finished(runs, scans, tmp_path):
     run = shutil.copytree(runs[0] / 'veiled', tmp_path / 'run')
     names = {part.name for part in purgeable(run)[0]}
-    assert {'images of the Oracles', 'networks of the planted structure', 'simulated scans'} == names
+    assert {'images of the Oracles', 'networks of the planted structure', 'scans with a planted structure'} == names
     size, foreign = purge_run(run)
     assert size > 0 and not foreign and not list(run.rglob('*.h5')) and list((run / 'models').glob('*.pt'))
     before = {p: p.read_bytes() for p in run.glob('*.csv') if p.name not in ('summary.csv', 'work.csv')}
