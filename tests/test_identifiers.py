@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from mri_unlearn.cli import main
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.experiment.protocol import run_protocol
+from mri_unlearn.experiment.purge import purge_run, purgeable
 from mri_unlearn.experiment.study import run_requests
 from mri_unlearn.machinery.disk import DataError
 from mri_unlearn.machinery.private import locked
@@ -226,3 +228,15 @@ def test_a_study_of_several_requests_names_nobody(scans, tmp_path, capsys):
     for _ in range(2):
         table = run_requests(file, 'tiny', tmp_path / 'study', scans, **few)
     assert leaks(tmp_path / 'study') == [] and 'person-' in table['query'][0]
+
+
+def test_what_a_run_need_not_keep_goes_and_the_run_stays_finished(runs, scans, tmp_path):
+    run = shutil.copytree(runs[0] / 'veiled', tmp_path / 'run')
+    names = {part.name for part in purgeable(run)[0]}
+    assert {'images of the Oracles', 'networks of the planted structure', 'scans with a planted structure'} == names
+    size, foreign = purge_run(run)
+    assert size > 0 and not foreign and not list(run.rglob('*.h5')) and list((run / 'models').glob('*.pt'))
+    before = {p: p.read_bytes() for p in run.glob('*.csv') if p.name not in ('summary.csv', 'work.csv')}
+    run_protocol('tiny', run, scans, **FEW, **request(scans))
+    assert before == {p: p.read_bytes() for p in before}
+    assert not list(run.rglob('*.h5')) and leaks(run) == []

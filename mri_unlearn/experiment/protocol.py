@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.people import Veil, names_people
+from ..data.people import Veil, names_people, shortened
 from .arms import run_stages
 from .extras import PlantedArm, all_arms
 from .networks import run_network, scoring_loader, unlearning_plan
@@ -104,6 +104,7 @@ def verdict_figure(
         rows = [r['model'] != 'unlearned' or NetworkName.of(r) in first for r in verdicts.to_dict('records')]
         shown = verdicts[rows].reset_index(drop=True)
     names = side_names(read_csv(run.out / 'volumes.csv'), run.veil.query(settings.request.query))
+    names = {side: shortened(name) for side, name in names.items()}
     save_figure(plot_verdicts(shown, names=names), run.out / 'figures' / 'verdicts.png')
 
 # %% ../../nbs/81_experiment.protocol.ipynb #d3daa3ba

@@ -121,7 +121,8 @@ def purgeable(
     own = [path for path, stamp in scans.items() if _inside(path, folder) and (not stamp or _is_scan(path, stamp))]
     for home in dict.fromkeys(_home(path, folder) for path in own):
         paths = [path for path in own if _home(path, folder) == home]
-        parts.append(Part('simulated scans', home, paths, 'simulating them, when the run is started again'))
+        what = 'scans with a planted structure' if home.name == 'planted' else 'simulated scans'
+        parts.append(Part(what, home, paths, 'making them, when a run that needs them is started again'))
     known = {path for part in parts for path in part.paths}
     places = ('data', 'third', '**/planted/data', '**/planted/probe', '**/stages/oracle_s*')
     foreign = [p for place in places for top in folder.glob(place) for p in visible(top, '**/*') if not p.is_dir()]

@@ -10,6 +10,7 @@ __all__ = ['TAKEN', 'LEVEL', 'third_table', 'whole_trace', 'hallucination_table'
 import numpy as np
 import pandas as pd
 
+from ..data.people import shortened
 from .runs import TRACE
 from ..show.reading import FORMER
 from ..verdict.checks import collateral, holds_memory, shared_knowledge
@@ -191,7 +192,7 @@ def knowledge_matrix(
     query: str = '',  # of the request, for the names of the sides; empty: not known
 ) -> pd.DataFrame:  # trained_on, tested_on, psnr, ssim (means over test volumes) and psnr_sd (between volumes)
     "What a network trained on one side, the other or both knows about either"
-    names, rows = side_names(results, query), []
+    names, rows = {side: shortened(name) for side, name in side_names(results, query).items()}, []
     trained = {'oracle': names['retain'], 'forget_only': names['forget'], 'original': 'both'}
     for model, trained_on in trained.items():
         for side, split in (('retain', 'retain_test'), ('forget', forget_side(results))):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
+from ..data.people import shortened
 from ..machinery.disk import TEXT_COLUMNS, DataError, read_bytes, read_csv, read_json, visible
 from .sealed import check_config, check_sealed
 from ..verdict.names import KEYS, side_names
@@ -237,7 +238,8 @@ def sides_of(
     run,  # of `read_run`; its results and config are asked
 ) -> dict:  # 'retain' and 'forget' -> what to call them, such as 'everyone else' and 'k0003'
     "What to call the two sides of a run"
-    return side_names(run.results, run.config['request']['query'])
+    names = side_names(run.results, run.config['request']['query'])
+    return {side: shortened(name) for side, name in names.items()}
 
 
 def judged_scans(
