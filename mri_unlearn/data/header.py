@@ -56,6 +56,7 @@ class Header(Geometry):
     model: str = ''
     site: str = ''
     patient_id: str = ''
+    study: str = ''  # its StudyInstanceUID
     patient_position: str = 'HFS'  # head first, supine
     body_part: str = ''
     protocol: str = ''  # name of the acquisition
@@ -112,6 +113,7 @@ _NAMESPACE = 'http://www.ismrm.org/ISMRMRD'
 _step1, _slice = 'encoding/encodingLimits/kspace_encoding_step_1', 'encoding/encodingLimits/slice'
 _PATHS = dict(
     patient_id='subjectInformation/patientID',
+    study='studyInformation/studyInstanceUID',
     body_part='studyInformation/bodyPartExamined',
     patient_position='measurementInformation/patientPosition',
     protocol='measurementInformation/protocolName',

@@ -103,7 +103,8 @@ class FileMeta(NamedTuple):
 
 
 HEADER_FIELDS = (
-    'encoded recon enc_center enc_maximum field_T h1_hz coils slice_maximum model site patient_id body_part protocol'
+    'encoded recon enc_center enc_maximum field_T h1_hz coils slice_maximum model site patient_id study body_part '
+    'protocol'
 ).split()  # fields of the header
 ATTRIBUTES = 'acquisition', 'patient_id', 'max', 'padding_left', 'padding_right'
 

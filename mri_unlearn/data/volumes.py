@@ -37,7 +37,7 @@ from ..machinery.disk import DataError, atomic_path
 # %% ../../nbs/21_data.volumes.ipynb #54d3c28a
 COLUMNS = (
     'path folder fname organ acquisition patient_id slices coils rows cols recon_rows recon_cols max has_target '
-    'site field_T simulated padding_left padding_right has_mask source body_part'
+    'site field_T simulated padding_left padding_right has_mask source body_part study'
 ).split()
 
 # %% ../../nbs/21_data.volumes.ipynb #e8015c53
@@ -65,6 +65,7 @@ def _scan(path):
         meta.has_mask,
         (header.source or 'anatomy') if meta.simulated else 'measured',
         header.body_part,
+        header.study,
     ]
 
 # %% ../../nbs/21_data.volumes.ipynb #17a08f4a
@@ -177,7 +178,7 @@ def _cache_file(root):
     return cache_folder() / f'index-{name}.json'
 
 
-_TEXTS = set('fname organ acquisition patient_id site source body_part'.split())
+_TEXTS = set('fname organ acquisition patient_id site source body_part study'.split())
 _YES_OR_NO = {'has_target', 'simulated', 'has_mask'}
 _KINDS = [str if c in _TEXTS else bool if c in _YES_OR_NO else (int, float) for c in COLUMNS[2:]]
 

@@ -99,19 +99,20 @@ _FACTS = dict(  # our name: DICOM's keyword
     flip_deg='FlipAngle',
     body_part='BodyPartExamined',
     position='PatientPosition',
+    study='StudyInstanceUID',
 )
 
 
 def header_facts(
     get,  # function: DICOM's keyword -> value or None
     seconds: bool,  # are times in seconds, as BIDS has them, or in milliseconds?
-) -> dict:  # field_T, tr_ms, te_ms, ti_ms, flip_deg as far as they are numbers; body_part, position
+) -> dict:  # field_T, tr_ms, te_ms, ti_ms, flip_deg as far as they are numbers; body_part, position, study
     "What a header says of the scan, in our units"
     out = {}
     for key, word in _FACTS.items():
         value = get(word)
-        if key in ('body_part', 'position'):
-            out[key] = str(value or '')
+        if key in ('body_part', 'position', 'study'):
+            out |= {key: str(value or '')} if value or key != 'study' else {}
             continue
         try:
             out[key] = round(float(value) * (1000 if seconds and key.endswith('_ms') else 1), 4)

@@ -122,6 +122,7 @@ def _image_header(volume, job, acq):
         model=site.model,
         site=site.name,
         patient_id=volume.patient,
+        study=said.get('study', ''),
         body_part=organ.upper(),
         patient_position=said.get('position') or 'HFS',
         protocol=job['acquisition'],
