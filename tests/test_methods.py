@@ -60,8 +60,9 @@ def test_a_wrapped_network_ends_with_the_same_weights(loaders, kind, wrap, name,
 
 
 ORDER = """
-TrainEvalCallback OneStep SkipValidation Aim Mirror CastToTensor GradientClip Movable Teacher Teacher Twin KeepImages
-ProxyMatch KeepImages MemoryMatch Recorder LossTerms StayFinite OneCycle OneCycle SpareRetained Settle Settle
+TrainEvalCallback OneStep KeepOut SkipValidation Aim Mirror CastToTensor GradientClip Movable Teacher Teacher Twin
+KeepImages ProxyMatch KeepImages MemoryMatch Recorder LossTerms StayFinite TableColumns OneCycle OneCycle SpareRetained
+Settle Settle
 """.split()  # of both mechanisms
 
 
