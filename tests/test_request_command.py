@@ -281,11 +281,11 @@ def test_oracles_decide(home, tmp_path):
 
 
 BAD = {  # what is wrong -> words, what the one line says
-    'nobody of that name': (asked(99), 'matches none of the'),
+    'nobody of that name': (asked(99, 'bad/x'), 'matches none of the'),
     'everybody': (asked(None, 'bad/x', '--forget', 'slices > 0'), 'matches all'),
     'only strangers': (asked(None, 'bad/x', '--forget', "folder == 'multicoil_val'"), 'none of it is for training'),
     'half a patient': (
-        asked(None, 'bad/x', '--forget', f"fname == '{WORD}_00_brain.h5'"),
+        asked(None, 'bad/x', '--forget', "acquisition == 'CORPD_FBK'"),
         'some of the volumes but not all',
     ),
     'code for a query': (asked(None, 'bad/x', '--forget', "__import__('os').system('id')"), 'cannot be called'),
@@ -298,8 +298,7 @@ BAD = {  # what is wrong -> words, what the one line says
     'no such method': (asked(3, 'bad/x', '--method', 'poxy'), 'proxy'),
     'a setting of another method': (asked(3, 'bad/x', '--set', 'lam=1'), 'lam'),
     'a level for a method that takes none': (asked(3, 'bad/x', '--method', 'nl_ft', '--level', '3'), 'level'),
-    'a fraction above one': (asked(3, 'bad/x', '--retain-fraction', '1.5'), 'fraction'),
-    'a mask that keeps nothing else': (asked(3, 'bad/x', '--device', 'cuda:99'), 'is not there'),
+    'a device that is not there': (asked(3, 'bad/x', '--device', 'cuda:99'), 'is not there'),
     'scans for the folder': (asked(3, 'scans'), 'holds the scans'),
     'a file for the folder': (asked(3, 'net.pt'), 'is no folder'),
     'a folder with other files': (asked(3, '.'), 'of no request'),
@@ -309,7 +308,7 @@ BAD = {  # what is wrong -> words, what the one line says
     'arguments without a network': (asked(3, 'bad/x', '--network-args', '{"chans": 3}'), 'goes with --network'),
     'a factory that is not there': (asked(3, 'bad/x', '--network', 'ours:Nothing'), 'Nothing'),
     'a module that is not there': (asked(3, 'bad/x', '--network', 'theirs:Net'), 'theirs'),
-    'a network without weights': (asked(3, 'bad/x', '--network', 'ours:Empty'), 'Empty'),
+    'a network without weights': (asked(3, 'bad/x', '--network', 'ours:Empty'), 'none of the 0 weights'),
     'weights of another network': (asked(3, 'bad/x', '--network', 'ours:Plain'), 'net.pt'),
     'a run of nothing': (['request', 'run', 'nowhere'], 'holds no record.json'),
     'a run of scans': (['request', 'run', 'scans'], 'holds no record.json'),
