@@ -25,6 +25,8 @@ MASKS = [
     (re.compile(r'\x1b\[[0-9;]*m'), ''),
     (re.compile(r'(?<![\w.])(?:/[\w.+-]+){2,}'), 'PATH'),
     (re.compile(r'\b0x[0-9a-f]{6,}\b'), 'ADDRESS'),
+    (re.compile(r'\b(person|scan|study|place)-[0-9a-f]{6,16}\b'), r'\1-PSEUDONYM'),
+    (re.compile(r'\b(?=[a-f]*\d)[0-9a-f]{16}\b'), 'DIGEST'),
     (re.compile(r'\b\d+(\.\d+)? ?(s|ms|µs|seconds?|min|h|GiB|MiB|GB|MB|kB)\b(?![\w/])'), r'TIME-OR-SIZE'),
     (re.compile(r'\b\d+\.\d+\.\d+[\w.+]*'), 'VERSION'),
     (re.compile(r'[ \t]+'), ' '),
