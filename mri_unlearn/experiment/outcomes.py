@@ -22,7 +22,8 @@ from .tables import reached_levels
 from ..machinery.disk import DataError, atomic_path, read_csv, write_csv
 from ..show.page import write_index
 from ..show.report import network_names, to_markdown
-from ..verdict.names import KEYS, NetworkName, strangers_of
+from ..verdict.names import KEYS, NetworkName
+from .dryrun import table_kind
 
 # %% ../../nbs/85_experiment.outcomes.ipynb #59c735fa
 class Planned(NamedTuple):
@@ -84,7 +85,7 @@ def about_request(
     if plan.splits is None:
         return row | dict(patients=0, volumes=0, verdict=f'nothing to forget: {plan.why}')
     forget = plan.splits[plan.splits.split == 'forget_train']
-    kind = 'memory' if len(strangers_of(plan.splits)) else 'competence'  # unless a method finds out
+    kind = table_kind(plan.splits)  # unless a method finds out
     counts = dict(patients=forget.patient_id.nunique(), volumes=len(forget), kind=kind)
     return row | counts | dict(verdict='not yet run')
 

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelBatchException, TrainEvalCallback
-from fastai.callback.training import GradientClip
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
+from fastai.torch_core import find_bs
 from fastai.learner import CastToTensor, Learner, Recorder
 
 from ..data.loaders import ReconDL
@@ -142,6 +143,8 @@ class LossTerms(Callback):
             raise ValueError('no term of the unlearning loss: add a LossTerm such as RetainDescent()')
         self.learn.loss_grad = sum(self.terms.values())
         self.learn.loss = self.learn.loss_grad.detach().clone()
+        for cb in self.learn.cbs.filter(lambda cb: isinstance(cb, GradientAccumulation)):
+            self.learn.loss_grad = self.learn.loss_grad * (find_bs(self.yb) / cb.n_acc)  # it has divided another loss
         for name, value in self.terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.item()
         self.n += 1
@@ -248,7 +251,8 @@ def unlearning_learner(
     plan, workers = BatchPlan(retain, forget, bs, steps, seed, ds.shape), learn.dls.train.fake_l.num_workers
     loader = ReconDL(ds, bs=bs, order=plan, seed=seed, device=device, num_workers=workers)
     dls = DataLoaders(loader, learn.dls.valid, device=device)
-    student = recon_learner(dls, deepcopy(learn.model), loss=learn.loss_func, opt_func=learn.opt_func)
+    where = dict(path=learn.path, model_dir=learn.model_dir)  # of what loggers and trackers write
+    student = recon_learner(dls, deepcopy(learn.model), loss=learn.loss_func, opt_func=learn.opt_func, **where)
     student.budget = budget  # slices a round, for methods that do more than their steps
     return student
 
