@@ -9,7 +9,7 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.wheel
-COMMANDS = 'simulate index train methods unlearn evaluate reconstruct protocol tune report'.split()
+COMMANDS = 'simulate index check train methods unlearn evaluate reconstruct request protocol tune report purge'.split()
 
 
 def run(*args, cwd, timeout=900):
