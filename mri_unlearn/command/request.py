@@ -270,7 +270,11 @@ def add_commands(
 ):
     "Add `request` with its verbs"
     p = commands.add_parser(
-        'request', help='carry out a request to forget: check, run, verify, undo, finalise', description=_REQUEST
+        'request',
+        help='carry out a request to forget: check, run, verify, undo, finalise',
+        description=_REQUEST,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = p.add_subparsers(dest='verb', required=True, metavar='VERB')
     add_check(verbs)
@@ -286,4 +290,9 @@ def add_commands(
     p.set_defaults(verbs=verbs)  # for options that every command has
 
 
+_EXAMPLE = """example:
+  mri_unlearn request check --model net.pt --data scans --forget "patient_id == 'k0003'" --out requests/k0003
+  mri_unlearn request run requests/k0003
+  mri_unlearn request verify requests/k0003
+  mri_unlearn request finalise requests/k0003"""
 _REQUEST = 'Exit status of run and verify: 0 at the level, 3 undecided, 4 under-forgotten, 5 over-forgotten or damage.'
