@@ -24,6 +24,15 @@ def pytest_configure(config):
     )
 
 
+# files that take longest: they begin, so that no worker is left alone with one at the end
+LONG = 'methods resume requests request_command identifiers package jobs any_network parity units run_folder'.split()
+
+
+def pytest_collection_modifyitems(items):
+    names = [f'test_{name}' for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
 def project_files():
     "Files of the project, relative to its root: what git tracks or would track; without git, all but what builds leave"
     git = subprocess.run(
