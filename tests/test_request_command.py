@@ -2,11 +2,13 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import h5py
 import jsonschema
@@ -14,7 +16,11 @@ import pytest
 from test_identifiers import WORD, leaks, rename
 from test_request_safety import COMMAND, files, here
 
+from mri_unlearn.audit.job import Job
+from mri_unlearn.audit.page import _again
 from mri_unlearn.audit.record import last_entry, read_record, record_schema
+from mri_unlearn.command.options import OptionParser
+from mri_unlearn.command.request import add_commands, job_asked
 from mri_unlearn.data.loaders import recon_dls
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.network.learner import SkipValidation, recon_learner
@@ -37,6 +43,13 @@ class Plain(nn.Module):
 
     def forward(self, x):
         return x + self.body(x)
+
+
+class Halves(Plain):
+    def forward(self, x):
+        if x.shape[-1] % 32 or x.shape[-2] % 32:
+            raise ValueError('five halves do not fit')
+        return super().forward(x)
 
 
 class Empty(nn.Module):
@@ -249,14 +262,16 @@ def test_a_network_of_ones_own(home, monkeypatch):
     monkeypatch.syspath_prepend(str(home))
     import ours
 
-    save_weights(ours.Plain(), home / 'own.pt')
+    save_weights(ours.Halves(), home / 'own.pt')
     words = [
         'request',
         'check',
         '--model',
         'own.pt',
         '--network',
-        'ours:Plain',
+        'ours:Halves',
+        '--multiple',
+        '32',
         '--data',
         'scans',
         '--retain-fraction',
@@ -268,7 +283,28 @@ def test_a_network_of_ones_own(home, monkeypatch):
     assert status in (0, 3, 4, 5) and 'state: unlearned' in out, err
     assert here(home, 'request', 'verify', 'requests/own')[0] == status
     record = read_record(home / 'requests/own')['entries'][0]
-    assert record['network']['kind'] == 'Plain' and record['job']['network'] == 'ours:Plain'
+    assert record['network']['kind'] == 'Halves' and record['job']['network'] == 'ours:Halves'
+    assert record['job']['multiple'] == 32
+
+
+USUAL = Job('net.pt', ('scans',))
+OTHER = dict(network='ours:Plain', arguments={'chans': 5, 'word': "it's"}, takes='complex image + mask', gives='kspace')
+OTHER |= dict(
+    multiple=16, settings=dict(level=2.5, part='decoder'), rounds=2, lr=0.000123456789, clip=None, batch_size=2
+)
+OTHER |= dict(mask='random', division='none', allow_mixed=True, strict=True, organ='knee', device='cpu', seed=7)
+
+
+@pytest.mark.parametrize('query', ["patient_id == 'k0003'", 'patient_id == "k0003"', "site == '`a` $b'"])
+@pytest.mark.parametrize('job', [USUAL, replace(USUAL, **OTHER)])
+def test_what_the_page_says_repeats_the_request(job, query):
+    parser = OptionParser()
+    add_commands(parser.add_subparsers())
+    words = shlex.split(_again(dict(job=job.public(), asked=dict(query=query))).partition(' && ')[0])[1:]
+    for option, value in (('--model', job.model), ('--data', *job.data)):
+        words[words.index(option) + 1] = value
+    args = parser.parse_args(words)
+    assert job_asked(args) == job and args.forget == [query]
 
 
 def test_oracles_decide(home, tmp_path):
@@ -306,6 +342,7 @@ BAD = {  # what is wrong -> words, what the one line says
     'a key that is none': (asked(3, 'bad/x', '--key', 'ours.py'), 'no key of pseudonyms'),
     'a child that is not there': (asked(3, 'bad/x', '--child', 'gone.pt'), 'gone.pt'),
     'arguments without a network': (asked(3, 'bad/x', '--network-args', '{"chans": 3}'), 'goes with --network'),
+    'a multiple without a network': (asked(3, 'bad/x', '--multiple', '16'), '--multiple goes with --network'),
     'a factory that is not there': (asked(3, 'bad/x', '--network', 'ours:Nothing'), 'Nothing'),
     'a module that is not there': (asked(3, 'bad/x', '--network', 'theirs:Net'), 'theirs'),
     'a network without weights': (asked(3, 'bad/x', '--network', 'ours:Empty'), 'none of the 0 weights'),

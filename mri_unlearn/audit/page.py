@@ -7,11 +7,15 @@ __all__ = ['plot_request', 'write_record_page', 'card_text']
 
 # %% ../../nbs/88h_audit.page.ipynb #ca9924d9
 import base64
+import json
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from .job import Job
 from .record import last_entry, read_record, state_of
 from ..experiment.dryrun import duration
 from ..experiment.outlook import KIND_IN_WORDS
@@ -81,6 +85,7 @@ elsewhere.</p>{% endif %}</section>
 {% if findings %}<section><h2>Looked at once more</h2>
 {{ t.table(findings.head, findings.rows, findings.head) }}</section>{% endif %}
 <section><h2>How to repeat it</h2><p><code>{{ again }}</code></p>
+{% if key %}<p class="note">With the names themselves where pseudonyms stand.</p>{% endif %}
 {{ t.table(['setting', 'value'], job, ['setting', 'value']) }}
 </section><section><h2>The record</h2><p>Each entry holds the digest of the one before.{% if check.follows %} This
 network was made to forget before; the record of that request ends with <code>{{ check.follows }}</code>.{% endif %}</p>
@@ -196,22 +201,29 @@ def _picture(f):
     return Markup(html).format(f['data'], f['width'], f['caption'], f['caption'])
 
 
+_FLAGS = 'allow_mixed', 'strict', 'unchecked'
+_ALWAYS = 'method', 'retain_fraction', 'passes', 'mask', 'acceleration', 'center_fraction', 'loss', 'seed'
+_USUAL = {f.name: f.default for f in fields(Job) if f.name not in (*Job.places, 'workers', 'arguments', 'settings')}
+
+
+def _option(name, value):
+    "An option of `request check` with its value"
+    option = f'--{name.replace("_", "-")}'
+    if name in _FLAGS:
+        return option
+    number = isinstance(value, (int, float))
+    return f'{option} {"none" if value is None else f"{value:.15g}" if number else shlex.quote(str(value))}'
+
+
 def _again(check):
-    "The command that repeats a request"
-    job, asked = check['job'], check['asked']
-    options = [
-        f'--method {job["method"]}',
-        f'--retain-fraction {job["retain_fraction"]:g}',
-        f'--passes {job["passes"]:g}',
-    ]
-    options += [
-        f'--mask {job["mask"]}',
-        f'--acceleration {job["acceleration"]:g}',
-        f'--center-fraction {job["center_fraction"]:g}',
-    ]
-    options += [f'--loss {job["loss"]}', f'--seed {job["seed"]}']
-    options += [f'--network {job["network"]}'] if job['network'] else []
-    what = f'mri_unlearn request check --model … --data … --forget "{asked["query"]}" {" ".join(options)} --out DIR'
+    "The command that repeats a request, with every option that is not as usual"
+    job, query = check['job'], check['asked']['query']
+    names = [*_ALWAYS, *(k for k in _USUAL if k not in _ALWAYS and job.get(k, _USUAL[k]) != _USUAL[k])]
+    options = [_option(name, job[name]) for name in names]
+    options += [f'--network-args {shlex.quote(json.dumps(job["arguments"]))}'] if job['arguments'] else []
+    options += [f'--set {shlex.quote(f"{name}={json.dumps(value)}")}' for name, value in job['settings'].items()]
+    query = shlex.quote(query) if set('"$`\\!') & set(query) else f'"{query}"'
+    what = f'mri_unlearn request check --model … --data … --forget {query} {" ".join(options)} --out DIR'
     return f'{what} && mri_unlearn request run DIR'
 
 

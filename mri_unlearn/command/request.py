@@ -9,7 +9,7 @@ __all__ = ['PASSES', 'job_asked', 'check_said', 'request_check', 'request_run', 
 # %% ../../nbs/93a_command.request.ipynb #51c951a6
 import argparse
 
-from .chosen import add_clip, add_device, add_names, add_network, device_of
+from .chosen import OF_OWN, add_clip, add_device, add_names, add_network, device_of
 from mri_unlearn.command.options import (
     QUERY,
     add_command,
@@ -34,11 +34,11 @@ def job_asked(
     from mri_unlearn.audit.job import Job
     from mri_unlearn.machinery.disk import DataError
 
-    own = {k: getattr(args, k) for k in ('network_args', 'takes', 'gives') if getattr(args, k) is not None}
+    own = {k: getattr(args, k) for k in OF_OWN if getattr(args, k) is not None}
     if own and not args.network:
         raise DataError(f'--{next(iter(own)).replace("_", "-")} goes with --network MODULE:FACTORY')
     same = 'model method retain_fraction passes rounds batch_size lr clip seed mask acceleration center_fraction loss'
-    same += ' division allow_mixed organ strict unchecked takes gives workers'
+    same += ' division allow_mixed organ strict unchecked takes gives multiple workers'
     fields = {name: getattr(args, name) for name in same.split()}
     settings = settings_of(args) | ({} if args.level is None else dict(level=args.level))
     fields |= dict(data=tuple(args.data), oracles=tuple(args.oracle), children=tuple(args.child), settings=settings)
