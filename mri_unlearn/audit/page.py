@@ -77,7 +77,10 @@ elsewhere.</p>{% endif %}</section>
 {% for f in figures[1:] %}{{ picture(f) }}{% endfor %}</section>
 <section><h2>Verdict</h2><dl><dt>Scans to be forgotten</dt><dd>{{ run.verdict.forget }}.</dd>
 <dt>Retained scans</dt><dd>{{ run.verdict.retain }}.</dd>
-{% if oracles %}<dt>Oracles</dt><dd>{{ oracles.said }}.</dd>{% endif %}</dl></section>
+{% if oracles %}<dt>Oracles</dt><dd>{{ oracles.said }}.</dd>{% endif %}</dl>
+{% if run.warnings %}<p>Warnings of the run:</p>
+<ul>{% for w in run.warnings %}<li>{{ w }}</li>{% endfor %}</ul>{% endif %}
+</section>
 <section><h2>What was not shown</h2><ul>{% for said in run.not_shown %}<li>{{ said }}</li>{% endfor %}</ul></section>
 <section><h2>What still carries the influence</h2>
 <ul>{% for c in copies %}<li>{{ c.what }}: {{ c.state }}</li>{% endfor %}</ul>
@@ -105,6 +108,23 @@ _LEAD = {
     4: 'The network has not forgotten enough.',
     5: 'The network was damaged: it forgot too much, or got worse on what had to be kept.',
 }
+_SIDE_LEAD = dict(
+    over='it forgot too much', damaged='it got worse on what had to be kept', under='it has not forgotten enough'
+)
+
+
+def _lead(verdict):
+    "The first sentence of the page"
+    status, (forget, retain) = verdict['status'], (verdict['sides'][side]['word'] for side in ('forget', 'retain'))
+    if 'oracles' not in verdict:  # these look at both sides at once
+        if status == 5:
+            said = [_SIDE_LEAD[word] for word in (retain, forget) if word in _SIDE_LEAD]
+            return f'The network was damaged: {" and ".join(said)}.'
+        if status == 3 and forget in ('at', 'nothing'):
+            return 'Whether what had to be kept was damaged is not decided.'
+        if forget == 'nothing':
+            return 'Nothing to forget was found, and the network is as it was.'
+    return _LEAD[status]
 
 # %% ../../nbs/88h_audit.page.ipynb #80430235
 _SIDES = {
@@ -117,12 +137,12 @@ _SIDES = {
 _CAPTIONS = {
     'request': 'Before and after, in dB. Green: where a network is expected that never saw the forgotten scans (90 %). '
     'Dotted: a loss on retained scans that would matter.',
-    'retained_best': 'The retained scan whose score changed most to the better.',
-    'retained_median': 'A retained scan in the middle.',
-    'retained_worst': 'The retained scan whose score changed most to the worse.',
-    'forgotten_best': 'Of the scans to be forgotten, the one that lost least.',
+    'retained_best': 'Of the retained scans, the one that gained most, or lost least.',
+    'retained_median': 'Of the retained scans, one in the middle.',
+    'retained_worst': 'Of the retained scans, the one that lost most, or gained least.',
+    'forgotten_best': 'Of the scans to be forgotten, the one that lost least, or gained most.',
     'forgotten_median': 'Of the scans to be forgotten, one in the middle.',
-    'forgotten_worst': 'Of the scans to be forgotten, the one that lost most.',
+    'forgotten_worst': 'Of the scans to be forgotten, the one that lost most, or gained least.',
 }
 
 
@@ -243,7 +263,7 @@ def _filled(folder, record):
     found = dict(
         check=check, run=run, state=state, state_said=_STATES[state], request=record['request'], key=record['key']
     )
-    found |= dict(title=_matched_title(check), lead=_LEAD[run['verdict']['status']] if run else _STATES[state])
+    found |= dict(title=_matched_title(check), lead=_lead(run['verdict']) if run else _STATES[state])
     found |= dict(matched=_matched_said(check), sides=_table_of(check), network=_network_words(check))
     found |= dict(copies=copies, findings=_findings(verify) if run and verify else None, again=_again(check))
     found |= dict(job=[[k, str(v)] for k, v in check['job'].items()])

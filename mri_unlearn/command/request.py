@@ -8,6 +8,7 @@ __all__ = ['PASSES', 'job_asked', 'check_said', 'request_check', 'request_run', 
 
 # %% ../../nbs/93a_command.request.ipynb #51c951a6
 import argparse
+import warnings
 
 from .chosen import OF_OWN, add_clip, add_device, add_names, add_network, device_of
 from mri_unlearn.command.options import (
@@ -103,6 +104,14 @@ def request_check(
     say(f'next: mri_unlearn request run {args.out}')
 
 
+_NEXT = {  # status -> what is to be done
+    0: 'The weights of before are kept for undoing; `request finalise` deletes them',
+    3: 'A person decides: `request finalise` ends it, `request undo` takes it back',
+    4: 'To go on, `request undo` it, and check it again with more --passes, a higher --lr or another --method',
+    5: '`request undo` it, and check it again with fewer --passes, a lower --lr or another --method',
+}
+
+
 def _verdict_said(verdict):
     said = [f'to be forgotten: {verdict["forget"]}', f'retained: {verdict["retain"]}']
     return '\n'.join(said + ([verdict['oracles']['said']] if 'oracles' in verdict else []))
@@ -118,9 +127,11 @@ def request_run(
 
     with _threads(network_threads()):
         entry = run_request(args.folder, args.key, forgotten_pictures=args.forgotten_pictures, **_places(args))
+    for sentence in entry['warnings']:
+        warnings.warn(sentence, stacklevel=2)
     say(_verdict_said(entry['verdict']))
     say(f'weights: {args.folder}/unlearned.pt; page: {write_record_page(args.folder)}')
-    say('state: unlearned. The weights of before are kept for undoing; `request finalise` deletes them')
+    say(f'state: unlearned. {_NEXT[entry["verdict"]["status"]]}')
     return entry['verdict']['status']
 
 
