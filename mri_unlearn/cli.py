@@ -105,6 +105,19 @@ def _not_taken(reason):
     return 1
 
 
+def _warner():
+    "Prints a warning as one line, and the same line once"
+    said = set()
+
+    def show(message, *_):
+        line = f'warning: {in_one_line(message)}'
+        if line not in said:
+            print(line, file=sys.stderr)
+        said.add(line)
+
+    return show
+
+
 def _failed(error):
     "Say what went wrong; the exit status"
     for bar in list(getattr(tqdm, '_instances', ())):
@@ -130,7 +143,7 @@ def main(
         raise
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda said, *_: print(f'warning: {in_one_line(said)}', file=sys.stderr)
+            warnings.showwarning = _warner()
             status = args.do(args)
     except KeyboardInterrupt:
         goes_on = 'a protocol run goes on from its last finished stage when it is started again'
