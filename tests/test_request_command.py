@@ -79,6 +79,7 @@ def home(tmp_path_factory):
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(5, 2e-3)
     save_weights(learn.model, folder / 'net.pt')
+    save_weights(new_unet(0, chans=2, num_pool_layers=1), folder / 'small.pt')
     (folder / 'ours.py').write_text(OWN)
     return folder
 
@@ -295,15 +296,13 @@ def test_a_network_of_ones_own(home, monkeypatch):
 
 
 USUAL = Job('net.pt', ('scans',))
-OTHER = dict(network='ours:Plain', arguments={'chans': 5, 'word': "it's"}, takes='complex image + mask', gives='kspace')
-OTHER |= dict(
-    multiple=16, settings=dict(level=2.5, part='decoder'), rounds=2, lr=0.000123456789, clip=None, batch_size=2
-)
-OTHER |= dict(mask='random', division='none', allow_mixed=True, strict=True, organ='knee', device='cpu', seed=7)
+ODD = dict(network='ours:Plain', arguments={'chans': 5, 'word': "it's"}, takes='complex image + mask', gives='kspace')
+ODD |= dict(multiple=16, settings=dict(level=2.5, part='decoder'), rounds=2, lr=0.000123456789, clip=None, batch_size=2)
+ODD |= dict(mask='random', division='none', allow_mixed=True, strict=True, organ='knee', device='cpu', seed=7)
 
 
 @pytest.mark.parametrize('query', ["patient_id == 'k0003'", 'patient_id == "k0003"', "site == '`a` $b'"])
-@pytest.mark.parametrize('job', [USUAL, replace(USUAL, **OTHER)])
+@pytest.mark.parametrize('job', [USUAL, replace(USUAL, **ODD)])
 def test_what_the_page_says_repeats_the_request(job, query):
     parser = OptionParser()
     add_commands(parser.add_subparsers())
@@ -348,6 +347,12 @@ BAD = {  # what is wrong -> words, what the one line says
     'the key within the folder': (asked(3, 'bad/x', '--key', 'bad/x/my.key'), 'keep it elsewhere'),
     'a key that is none': (asked(3, 'bad/x', '--key', 'ours.py'), 'no key of pseudonyms'),
     'a child that is not there': (asked(3, 'bad/x', '--child', 'gone.pt'), 'gone.pt'),
+    'an Oracle that is not there': (asked(3, 'bad/x', '--oracle', 'none.pt'), 'none.pt'),
+    'an Oracle of another size': (
+        asked(3, 'bad/x', '--oracle', 'small.pt'),
+        'small.pt: is no UNet of the size of net.pt',
+    ),
+    'an Oracle that is the network': (asked(3, 'bad/x', '--oracle', 'net.pt'), 'never saw the scans'),
     'arguments without a network': (asked(3, 'bad/x', '--network-args', '{"chans": 3}'), 'goes with --network'),
     'a multiple without a network': (asked(3, 'bad/x', '--multiple', '16'), '--multiple goes with --network'),
     'a factory that is not there': (asked(3, 'bad/x', '--network', 'ours:Nothing'), 'Nothing'),
