@@ -23,6 +23,7 @@ from ..machinery.disk import atomic_path
 from ..machinery.pictures import COLOURS, CSS_DPI, DPI, new_axes
 from ..show.figures import save_figure
 from ..show.page import _STYLE, _TABLE
+from ..unlearn.catalog import METHODS
 
 # %% ../../nbs/88h_audit.page.ipynb #8e275b7d
 def plot_request(
@@ -175,14 +176,20 @@ def _network_words(check):
     return said
 
 
+def _aims(method):
+    "Whether a method ends at a level"
+    return method not in METHODS or 'level' in METHODS[method].settings
+
+
 def _done_said(check, run):
     "What was done, in words"
     job, level = check['job'], run['level']
     said = f'Method {job["method"]}, with {100 * job["retain_fraction"]:.3g} % of the retained training scans at hand; '
     said += f'{run["work"]["slices"]:.0f} slices of work in {duration(run["work"]["seconds"])}. '
     if level:
+        aimed = 'aimed at' if _aims(job['method']) else 'and of a network that never saw them'
         said += (
-            f'Level on the scans to be forgotten, over the zero-filled image: {level["now"]:.1f} dB before, aimed at '
+            f'Level on the scans to be forgotten, over the zero-filled image: {level["now"]:.1f} dB before, {aimed} '
         )
         said += f'{level["aim"]:.1f} ({level["low"]:.1f} to {level["high"]:.1f}), {level.get("source", "")}.'
     return said

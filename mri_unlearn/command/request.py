@@ -70,16 +70,19 @@ def check_said(
     "What a check found, for a person"
     from mri_unlearn.experiment.dryrun import duration
     from mri_unlearn.experiment.outlook import KIND_IN_WORDS
+    from mri_unlearn.unlearn.catalog import METHODS
     from mri_unlearn.unlearn.level import Level
 
     plan, level = entry['plan'], entry['level']
     said = Level(**{k: v for k, v in level.items() if k != 'mechanism'}) if level else 'not known'
+    method = entry['job']['method']
+    end = 'level to end at' if 'level' in METHODS[method].settings else f'level to judge by ({method} aims at none)'
     work = f'about {plan["slices"]:.0f} slices, {duration(plan["seconds"])}'
     return '\n'.join(
         [
             *_counts(entry),
             f'kind of request, as far as the table tells: {KIND_IN_WORDS[entry["kind"]]}',
-            f'level to end at: {said}',
+            f'{end}: {said}',
             f'work: {work}; retained scans at hand: {plan["at_hand"]}',
         ]
     )
