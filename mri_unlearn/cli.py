@@ -76,6 +76,19 @@ def one_line(
         return text  # DataError is a ValueError
     return f'{type(error).__name__}: {text} (this looks like a fault of the program; --debug shows where)'
 
+# %% ../nbs/95_cli.ipynb #8028d127
+def _warner():
+    "Prints a warning as one line, and the same line once"
+    said = set()
+
+    def show(message, *_):
+        line = f'warning: {in_one_line(message)}'
+        if line not in said:
+            print(line, file=sys.stderr)
+        said.add(line)
+
+    return show
+
 # %% ../nbs/95_cli.ipynb #54a2d31a
 def _show_all_letters():
     "No letter ends a command, whatever the terminal can show"
@@ -103,19 +116,6 @@ def _not_taken(reason):
     if reason != os.strerror(errno.EPIPE):
         print(f'error: standard output: {reason}; it does not hold all results', file=sys.stderr)
     return 1
-
-
-def _warner():
-    "Prints a warning as one line, and the same line once"
-    said = set()
-
-    def show(message, *_):
-        line = f'warning: {in_one_line(message)}'
-        if line not in said:
-            print(line, file=sys.stderr)
-        said.add(line)
-
-    return show
 
 
 def _failed(error):
