@@ -77,6 +77,19 @@ def one_line(
         return text  # DataError is a ValueError
     return f'{type(error).__name__}: {text} (this looks like a fault of the program; --debug shows where)'
 
+# %% ../nbs/95_cli.ipynb #8028d127
+def _warner():
+    "Prints a warning as one line, and the same line once"
+    said = set()
+
+    def show(message, *_):
+        line = f'warning: {in_one_line(message)}'
+        if line not in said:
+            print(line, file=sys.stderr)
+        said.add(line)
+
+    return show
+
 # %% ../nbs/95_cli.ipynb #54a2d31a
 def _show_all_letters():
     "No letter ends a command, whatever the terminal can show"
@@ -131,7 +144,7 @@ def main(
         raise
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda said, *_: print(f'warning: {in_one_line(said)}', file=sys.stderr)
+            warnings.showwarning = _warner()
             status = args.do(args)
     except KeyboardInterrupt:
         goes_on = 'a protocol run goes on from its last finished stage when it is started again'

@@ -22,6 +22,23 @@ class Tiny(nn.Module):
 
     def forward(self, x):
         return x + self.net(x)
+
+
+class Statistics(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.net.append(nn.BatchNorm2d(1))
+
+
+class Pairs(Tiny):
+    takes = 'two channels'
+
+
+class Sized(Tiny):
+    def forward(self, x):
+        if x.shape[-1] % 80 or x.shape[-2] % 80:
+            raise ValueError('needs images of another size')
+        return super().forward(x)
 """
 OWN = ['--network', 'nets_of_a_test:Tiny', '--network-args', '{"chans": 3}', '--device', 'cpu']
 
@@ -76,6 +93,31 @@ def test_what_cannot_be_meant_is_said_before_anything_is_written(run, home, word
     with pytest.raises(DataError, match=says):
         run('train', *words, '--out', 'never.pt')
     assert not (home / 'never.pt').exists()
+
+
+@pytest.mark.parametrize(
+    'name, says',
+    [('Pairs', 'expected input.* to have 1 channels, but got 2 channels'), ('Sized', 'another size.* multiple=16')],
+)
+def test_a_network_that_does_not_fit_is_refused_before_the_first_step(run, home, name, says):
+    with pytest.raises(DataError, match=says):
+        run('train', '--network', f'nets_of_a_test:{name}', '--device', 'cpu', '--out', 'never.pt')
+    assert not (home / 'never.pt').exists()
+
+
+def test_train_says_what_is_doubtful_about_a_network(run, home):
+    with pytest.warns(UserWarning, match='keeps statistics of the slices it is trained on'):
+        run('train', '--network', 'nets_of_a_test:Statistics', '--epochs', 1, '--device', 'cpu', '--out', 'doubt.pt')
+    assert (home / 'doubt.pt').exists()
+
+
+def test_the_look_before_a_training_changes_no_weight(run, home, monkeypatch):
+    few = ['train', *OWN, '--epochs', 1, '--only', KNEE, '--out']
+    run(*few, 'looked.pt')
+    monkeypatch.setattr('mri_unlearn.network.adapter.check_network', lambda *_: [])
+    run(*few, 'blind.pt')
+    looked, blind = (torch.load(home / f'{name}.pt', weights_only=True) for name in ('looked', 'blind'))
+    assert all(torch.equal(looked[key], blind[key]) for key in looked)
 
 
 @pytest.mark.parametrize('ending', ['ckpt', 'safetensors'])

@@ -117,8 +117,11 @@ REFUSED = {  # kind of network -> (network for images, words of the refusal)
     'random in eval mode': (Layer(lambda self, x, y: y + torch.rand_like(y)), 'it draws random numbers'),
     'no gradient': (Layer(lambda self, x, y: y.detach()), 'its answer has no gradient'),
     'input changed': (Layer(in_place), 'changes its input in place'),
-    'other form of input': (nn.Conv2d(2, 2, 3, padding=1), 'say takes= to network.adapter.adapted'),
-    'other multiple': (Layer(lambda self, x, y: y.view(2, 1, 3, -1)), 'multiple=16 if it halves its images'),
+    'other form of input': (nn.Conv2d(2, 2, 3, padding=1), 'say so by takes= (--takes)'),
+    'other multiple': (
+        Layer(lambda self, x, y: y.view(2, 1, 3, -1)),
+        'multiple=16 (--multiple) if it halves its images',
+    ),
     'no weights': (nn.Identity(), 'has no weights that can be trained'),
     'frozen weights': (frozen(Layer()), 'has no weights that can be trained'),
     'half precision': (half(Layer()), 'layer.weight is torch.float16; expected single precision'),

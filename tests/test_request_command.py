@@ -2,11 +2,13 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import h5py
 import jsonschema
@@ -14,7 +16,11 @@ import pytest
 from test_identifiers import WORD, leaks, rename
 from test_request_safety import COMMAND, files, here
 
+from mri_unlearn.audit.job import Job
+from mri_unlearn.audit.page import _again
 from mri_unlearn.audit.record import last_entry, read_record, record_schema
+from mri_unlearn.command.options import OptionParser
+from mri_unlearn.command.request import add_commands, job_asked
 from mri_unlearn.data.loaders import recon_dls
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.network.learner import SkipValidation, recon_learner
@@ -24,6 +30,7 @@ from mri_unlearn.phantom.simulate import simulate_dataset
 
 PEOPLE = dict(brain=(4, 3), knee=(4, 3))
 OWN = """
+import torch
 from torch import nn
 
 
@@ -37,6 +44,17 @@ class Plain(nn.Module):
 
     def forward(self, x):
         return x + self.body(x)
+
+
+class Halves(Plain):
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        if x.shape[-1] % 32 or x.shape[-2] % 32:
+            raise ValueError('five halves do not fit')
+        return super().forward(x)
 
 
 class Empty(nn.Module):
@@ -61,6 +79,7 @@ def home(tmp_path_factory):
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(5, 2e-3)
     save_weights(learn.model, folder / 'net.pt')
+    save_weights(new_unet(0, chans=2, num_pool_layers=1), folder / 'small.pt')
     (folder / 'ours.py').write_text(OWN)
     return folder
 
@@ -249,26 +268,49 @@ def test_a_network_of_ones_own(home, monkeypatch):
     monkeypatch.syspath_prepend(str(home))
     import ours
 
-    save_weights(ours.Plain(), home / 'own.pt')
+    save_weights(ours.Halves(), home / 'own.pt')
     words = [
         'request',
         'check',
         '--model',
         'own.pt',
         '--network',
-        'ours:Plain',
+        'ours:Halves',
+        '--multiple',
+        '32',
         '--data',
         'scans',
         '--retain-fraction',
         '0.5',
     ]
     status, out, err = here(home, *words, '--out', 'requests/own', '--forget', f"patient_id == '{patient(3)}'")
-    assert status == 0, err
+    idle = 'these weights never move, for the answer does not depend on them: idle'
+    assert status == 0 and err.count(idle) == 1 and 'has changed nothing' not in err, err
     status, out, err = here(home, 'request', 'run', 'requests/own')
-    assert status in (0, 3, 4, 5) and 'state: unlearned' in out, err
+    assert status in (0, 3, 4, 5) and 'state: unlearned' in out and err.count(idle) == 1, err
+    assert idle in (home / 'requests/own/report.html').read_text()
     assert here(home, 'request', 'verify', 'requests/own')[0] == status
     record = read_record(home / 'requests/own')['entries'][0]
-    assert record['network']['kind'] == 'Plain' and record['job']['network'] == 'ours:Plain'
+    assert record['network']['kind'] == 'Halves' and record['job']['network'] == 'ours:Halves'
+    assert record['job']['multiple'] == 32
+
+
+USUAL = Job('net.pt', ('scans',))
+ODD = dict(network='ours:Plain', arguments={'chans': 5, 'word': "it's"}, takes='complex image + mask', gives='kspace')
+ODD |= dict(multiple=16, settings=dict(level=2.5, part='decoder'), rounds=2, lr=0.000123456789, clip=None, batch_size=2)
+ODD |= dict(mask='random', division='none', allow_mixed=True, strict=True, organ='knee', device='cpu', seed=7)
+
+
+@pytest.mark.parametrize('query', ["patient_id == 'k0003'", 'patient_id == "k0003"', "site == '`a` $b'"])
+@pytest.mark.parametrize('job', [USUAL, replace(USUAL, **ODD)])
+def test_what_the_page_says_repeats_the_request(job, query):
+    parser = OptionParser()
+    add_commands(parser.add_subparsers())
+    words = shlex.split(_again(dict(job=job.public(), asked=dict(query=query))).partition(' && ')[0])[1:]
+    for option, value in (('--model', job.model), ('--data', *job.data)):
+        words[words.index(option) + 1] = value
+    args = parser.parse_args(words)
+    assert job_asked(args) == job and args.forget == [query]
 
 
 def test_oracles_decide(home, tmp_path):
@@ -305,7 +347,14 @@ BAD = {  # what is wrong -> words, what the one line says
     'the key within the folder': (asked(3, 'bad/x', '--key', 'bad/x/my.key'), 'keep it elsewhere'),
     'a key that is none': (asked(3, 'bad/x', '--key', 'ours.py'), 'no key of pseudonyms'),
     'a child that is not there': (asked(3, 'bad/x', '--child', 'gone.pt'), 'gone.pt'),
+    'an Oracle that is not there': (asked(3, 'bad/x', '--oracle', 'none.pt'), 'none.pt'),
+    'an Oracle of another size': (
+        asked(3, 'bad/x', '--oracle', 'small.pt'),
+        'small.pt: is no UNet of the size of net.pt',
+    ),
+    'an Oracle that is the network': (asked(3, 'bad/x', '--oracle', 'net.pt'), 'never saw the scans'),
     'arguments without a network': (asked(3, 'bad/x', '--network-args', '{"chans": 3}'), 'goes with --network'),
+    'a multiple without a network': (asked(3, 'bad/x', '--multiple', '16'), '--multiple goes with --network'),
     'a factory that is not there': (asked(3, 'bad/x', '--network', 'ours:Nothing'), 'Nothing'),
     'a module that is not there': (asked(3, 'bad/x', '--network', 'theirs:Net'), 'theirs'),
     'a network without weights': (asked(3, 'bad/x', '--network', 'ours:Empty'), 'none of the 0 weights'),

@@ -95,6 +95,21 @@ def _network_said(model):
     return dict(weights=weights_digest(model), kind=kind, parameters=numbers, forgotten_before=people)
 
 
+def _check_oracles(job, model):
+    "Raise `DataError` for an Oracle that cannot be loaded, or is the network itself"
+    for path in job.oracles:
+        oracle = network_of_job(job, path)
+        ours, theirs = ({k: t.shape for k, t in unwrapped(m).state_dict().items()} for m in (model, oracle))
+        if ours != theirs:
+            raise DataError(
+                f'{path}: is no {type(unwrapped(model)).__name__} of the size of {job.model}; an Oracle is one'
+            )
+        if weights_digest(oracle) == weights_digest(model):
+            raise DataError(
+                f'{path}: holds the weights of {job.model}; an Oracle is a network that never saw the scans'
+            )
+
+
 def _children(job, veil):
     "Networks that were made from the old one"
     return [dict(name=veil.text(Path(p).name), digest=file_digest(p), treated=False) for p in job.children]
@@ -142,6 +157,7 @@ def check_request(
     key_outside(key or key_path(), folder)
     _must_be_apart(folder, job)
     model, index = network_of_job(job), volumes_of_job(job)
+    _check_oracles(job, model)
     asked, veil = _asked(index, forget, forget_list), record_veil(key, identifiers).learn(index)
     request = ForgetRequest(asked.query, reason, allow_mixed=job.allow_mixed)
     splits = kept_out(model, request.split(index, test=job.division, seed=DIVISION_SEED))

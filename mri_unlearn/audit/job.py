@@ -42,6 +42,7 @@ class _Scans:
     arguments: dict = field(default_factory=dict)  # of the factory
     takes: str = None  # what that network takes, see `network.adapter`
     gives: str = None  # what it gives
+    multiple: int = None  # its images are filled up to a multiple of this; None: as its class says
     oracles: tuple = ()  # files of networks that never saw the scans, where there are any
     children: tuple = ()  # files of networks that were made from this one
     mask: str = 'equispaced'  # family of sampling masks
@@ -170,7 +171,8 @@ def network_of_job(
         return load_network(path)
     from mri_unlearn.network.adapter import own_network
 
-    return own_network(job.network, dict(job.arguments), path, takes=job.takes, gives=job.gives, seed=job.seed)
+    words = dict(takes=job.takes, gives=job.gives, multiple=job.multiple)
+    return own_network(job.network, dict(job.arguments), path, seed=job.seed, **words)
 
 
 def volumes_of_job(

@@ -7,11 +7,15 @@ __all__ = ['plot_request', 'write_record_page', 'card_text']
 
 # %% ../../nbs/88h_audit.page.ipynb #ca9924d9
 import base64
+import json
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from .job import Job
 from .record import last_entry, read_record, state_of
 from ..experiment.dryrun import duration
 from ..experiment.outlook import KIND_IN_WORDS
@@ -19,6 +23,7 @@ from ..machinery.disk import atomic_path
 from ..machinery.pictures import COLOURS, CSS_DPI, DPI, new_axes
 from ..show.figures import save_figure
 from ..show.page import _STYLE, _TABLE
+from ..unlearn.catalog import METHODS
 
 # %% ../../nbs/88h_audit.page.ipynb #8e275b7d
 def plot_request(
@@ -73,7 +78,10 @@ elsewhere.</p>{% endif %}</section>
 {% for f in figures[1:] %}{{ picture(f) }}{% endfor %}</section>
 <section><h2>Verdict</h2><dl><dt>Scans to be forgotten</dt><dd>{{ run.verdict.forget }}.</dd>
 <dt>Retained scans</dt><dd>{{ run.verdict.retain }}.</dd>
-{% if oracles %}<dt>Oracles</dt><dd>{{ oracles.said }}.</dd>{% endif %}</dl></section>
+{% if oracles %}<dt>Oracles</dt><dd>{{ oracles.said }}.</dd>{% endif %}</dl>
+{% if run.warnings %}<p>Warnings of the run:</p>
+<ul>{% for w in run.warnings %}<li>{{ w }}</li>{% endfor %}</ul>{% endif %}
+</section>
 <section><h2>What was not shown</h2><ul>{% for said in run.not_shown %}<li>{{ said }}</li>{% endfor %}</ul></section>
 <section><h2>What still carries the influence</h2>
 <ul>{% for c in copies %}<li>{{ c.what }}: {{ c.state }}</li>{% endfor %}</ul>
@@ -81,6 +89,7 @@ elsewhere.</p>{% endif %}</section>
 {% if findings %}<section><h2>Looked at once more</h2>
 {{ t.table(findings.head, findings.rows, findings.head) }}</section>{% endif %}
 <section><h2>How to repeat it</h2><p><code>{{ again }}</code></p>
+{% if key %}<p class="note">With the names themselves where pseudonyms stand.</p>{% endif %}
 {{ t.table(['setting', 'value'], job, ['setting', 'value']) }}
 </section><section><h2>The record</h2><p>Each entry holds the digest of the one before.{% if check.follows %} This
 network was made to forget before; the record of that request ends with <code>{{ check.follows }}</code>.{% endif %}</p>
@@ -100,6 +109,23 @@ _LEAD = {
     4: 'The network has not forgotten enough.',
     5: 'The network was damaged: it forgot too much, or got worse on what had to be kept.',
 }
+_SIDE_LEAD = dict(
+    over='it forgot too much', damaged='it got worse on what had to be kept', under='it has not forgotten enough'
+)
+
+
+def _lead(verdict):
+    "The first sentence of the page"
+    status, (forget, retain) = verdict['status'], (verdict['sides'][side]['word'] for side in ('forget', 'retain'))
+    if 'oracles' not in verdict:  # these look at both sides at once
+        if status == 5:
+            said = [_SIDE_LEAD[word] for word in (retain, forget) if word in _SIDE_LEAD]
+            return f'The network was damaged: {" and ".join(said)}.'
+        if status == 3 and forget in ('at', 'nothing'):
+            return 'Whether what had to be kept was damaged is not decided.'
+        if forget == 'nothing':
+            return 'Nothing to forget was found, and the network is as it was.'
+    return _LEAD[status]
 
 # %% ../../nbs/88h_audit.page.ipynb #80430235
 _SIDES = {
@@ -112,12 +138,12 @@ _SIDES = {
 _CAPTIONS = {
     'request': 'Before and after, in dB. Green: where a network is expected that never saw the forgotten scans (90 %). '
     'Dotted: a loss on retained scans that would matter.',
-    'retained_best': 'The retained scan whose score changed most to the better.',
-    'retained_median': 'A retained scan in the middle.',
-    'retained_worst': 'The retained scan whose score changed most to the worse.',
-    'forgotten_best': 'Of the scans to be forgotten, the one that lost least.',
+    'retained_best': 'Of the retained scans, the one that gained most, or lost least.',
+    'retained_median': 'Of the retained scans, one in the middle.',
+    'retained_worst': 'Of the retained scans, the one that lost most, or gained least.',
+    'forgotten_best': 'Of the scans to be forgotten, the one that lost least, or gained most.',
     'forgotten_median': 'Of the scans to be forgotten, one in the middle.',
-    'forgotten_worst': 'Of the scans to be forgotten, the one that lost most.',
+    'forgotten_worst': 'Of the scans to be forgotten, the one that lost most, or gained least.',
 }
 
 
@@ -150,14 +176,20 @@ def _network_words(check):
     return said
 
 
+def _aims(method):
+    "Whether a method ends at a level"
+    return method not in METHODS or 'level' in METHODS[method].settings
+
+
 def _done_said(check, run):
     "What was done, in words"
     job, level = check['job'], run['level']
     said = f'Method {job["method"]}, with {100 * job["retain_fraction"]:.3g} % of the retained training scans at hand; '
     said += f'{run["work"]["slices"]:.0f} slices of work in {duration(run["work"]["seconds"])}. '
     if level:
+        aimed = 'aimed at' if _aims(job['method']) else 'and of a network that never saw them'
         said += (
-            f'Level on the scans to be forgotten, over the zero-filled image: {level["now"]:.1f} dB before, aimed at '
+            f'Level on the scans to be forgotten, over the zero-filled image: {level["now"]:.1f} dB before, {aimed} '
         )
         said += f'{level["aim"]:.1f} ({level["low"]:.1f} to {level["high"]:.1f}), {level.get("source", "")}.'
     return said
@@ -196,22 +228,29 @@ def _picture(f):
     return Markup(html).format(f['data'], f['width'], f['caption'], f['caption'])
 
 
+_FLAGS = 'allow_mixed', 'strict', 'unchecked'
+_ALWAYS = 'method', 'retain_fraction', 'passes', 'mask', 'acceleration', 'center_fraction', 'loss', 'seed'
+_USUAL = {f.name: f.default for f in fields(Job) if f.name not in (*Job.places, 'workers', 'arguments', 'settings')}
+
+
+def _option(name, value):
+    "An option of `request check` with its value"
+    option = f'--{name.replace("_", "-")}'
+    if name in _FLAGS:
+        return option
+    number = isinstance(value, (int, float))
+    return f'{option} {"none" if value is None else f"{value:.15g}" if number else shlex.quote(str(value))}'
+
+
 def _again(check):
-    "The command that repeats a request"
-    job, asked = check['job'], check['asked']
-    options = [
-        f'--method {job["method"]}',
-        f'--retain-fraction {job["retain_fraction"]:g}',
-        f'--passes {job["passes"]:g}',
-    ]
-    options += [
-        f'--mask {job["mask"]}',
-        f'--acceleration {job["acceleration"]:g}',
-        f'--center-fraction {job["center_fraction"]:g}',
-    ]
-    options += [f'--loss {job["loss"]}', f'--seed {job["seed"]}']
-    options += [f'--network {job["network"]}'] if job['network'] else []
-    what = f'mri_unlearn request check --model … --data … --forget "{asked["query"]}" {" ".join(options)} --out DIR'
+    "The command that repeats a request, with every option that is not as usual"
+    job, query = check['job'], check['asked']['query']
+    names = [*_ALWAYS, *(k for k in _USUAL if k not in _ALWAYS and job.get(k, _USUAL[k]) != _USUAL[k])]
+    options = [_option(name, job[name]) for name in names]
+    options += [f'--network-args {shlex.quote(json.dumps(job["arguments"]))}'] if job['arguments'] else []
+    options += [f'--set {shlex.quote(f"{name}={json.dumps(value)}")}' for name, value in job['settings'].items()]
+    query = shlex.quote(query) if set('"$`\\!') & set(query) else f'"{query}"'
+    what = f'mri_unlearn request check --model … --data … --forget {query} {" ".join(options)} --out DIR'
     return f'{what} && mri_unlearn request run DIR'
 
 
@@ -231,7 +270,7 @@ def _filled(folder, record):
     found = dict(
         check=check, run=run, state=state, state_said=_STATES[state], request=record['request'], key=record['key']
     )
-    found |= dict(title=_matched_title(check), lead=_LEAD[run['verdict']['status']] if run else _STATES[state])
+    found |= dict(title=_matched_title(check), lead=_lead(run['verdict']) if run else _STATES[state])
     found |= dict(matched=_matched_said(check), sides=_table_of(check), network=_network_words(check))
     found |= dict(copies=copies, findings=_findings(verify) if run and verify else None, again=_again(check))
     found |= dict(job=[[k, str(v)] for k, v in check['job'].items()])

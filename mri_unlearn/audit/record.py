@@ -143,6 +143,6 @@ def last_entry(
     for entry in reversed(record['entries']):
         if entry['verb'] == verb:
             return entry
-        if verb == 'run' and entry['verb'] in ('undo', 'check'):
+        if verb in ('run', 'verify') and entry['verb'] in ('undo', 'check'):
             return None
     return None

@@ -76,6 +76,7 @@ def train(
     from mri_unlearn.data.loaders import recon_dls
     from mri_unlearn.data.request import ForgetRequest
     from mri_unlearn.machinery.disk import DataError
+    from mri_unlearn.network.adapter import check_foreign
     from mri_unlearn.network.learner import ProgressBar, SkipValidation, recon_learner
     from mri_unlearn.network.lightning import save_network
     from mri_unlearn.network.weights import input_of
@@ -91,6 +92,7 @@ def train(
     must_be_writable(args.out, index.path)
     reading = dict(bs=args.batch_size, seed=args.seed, num_workers=args.workers, device=device)
     dls = recon_dls(rows, rows.head(1), mask_of(args), input=input_of(model), **reading)
+    check_foreign(model, dls)
     cbs = [SkipValidation(), ProgressBar(f'train on {len(rows)} volumes')]
     cbs += [GradientClip(args.clip)] if args.clip else []
     learn = recon_learner(dls, model, loss=args.loss, cbs=cbs)

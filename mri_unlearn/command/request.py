@@ -8,8 +8,9 @@ __all__ = ['PASSES', 'job_asked', 'check_said', 'request_check', 'request_run', 
 
 # %% ../../nbs/93a_command.request.ipynb #51c951a6
 import argparse
+import warnings
 
-from .chosen import add_clip, add_device, add_names, add_network, device_of
+from .chosen import OF_OWN, add_clip, add_device, add_names, add_network, device_of
 from mri_unlearn.command.options import (
     QUERY,
     add_command,
@@ -34,11 +35,11 @@ def job_asked(
     from mri_unlearn.audit.job import Job
     from mri_unlearn.machinery.disk import DataError
 
-    own = {k: getattr(args, k) for k in ('network_args', 'takes', 'gives') if getattr(args, k) is not None}
+    own = {k: getattr(args, k) for k in OF_OWN if getattr(args, k) is not None}
     if own and not args.network:
         raise DataError(f'--{next(iter(own)).replace("_", "-")} goes with --network MODULE:FACTORY')
     same = 'model method retain_fraction passes rounds batch_size lr clip seed mask acceleration center_fraction loss'
-    same += ' division allow_mixed organ strict unchecked takes gives workers'
+    same += ' division allow_mixed organ strict unchecked takes gives multiple workers'
     fields = {name: getattr(args, name) for name in same.split()}
     settings = settings_of(args) | ({} if args.level is None else dict(level=args.level))
     fields |= dict(data=tuple(args.data), oracles=tuple(args.oracle), children=tuple(args.child), settings=settings)
@@ -69,16 +70,19 @@ def check_said(
     "What a check found, for a person"
     from mri_unlearn.experiment.dryrun import duration
     from mri_unlearn.experiment.outlook import KIND_IN_WORDS
+    from mri_unlearn.unlearn.catalog import METHODS
     from mri_unlearn.unlearn.level import Level
 
     plan, level = entry['plan'], entry['level']
     said = Level(**{k: v for k, v in level.items() if k != 'mechanism'}) if level else 'not known'
+    method = entry['job']['method']
+    end = 'level to end at' if 'level' in METHODS[method].settings else f'level to judge by ({method} aims at none)'
     work = f'about {plan["slices"]:.0f} slices, {duration(plan["seconds"])}'
     return '\n'.join(
         [
             *_counts(entry),
             f'kind of request, as far as the table tells: {KIND_IN_WORDS[entry["kind"]]}',
-            f'level to end at: {said}',
+            f'{end}: {said}',
             f'work: {work}; retained scans at hand: {plan["at_hand"]}',
         ]
     )
@@ -103,6 +107,14 @@ def request_check(
     say(f'next: mri_unlearn request run {args.out}')
 
 
+_NEXT = {  # status -> what is to be done
+    0: 'The weights of before are kept for undoing; `request finalise` deletes them',
+    3: 'A person decides: `request finalise` ends it, `request undo` takes it back',
+    4: 'To go on, `request undo` it, and check it again with more --passes, a higher --lr or another --method',
+    5: '`request undo` it, and check it again with fewer --passes, a lower --lr or another --method',
+}
+
+
 def _verdict_said(verdict):
     said = [f'to be forgotten: {verdict["forget"]}', f'retained: {verdict["retain"]}']
     return '\n'.join(said + ([verdict['oracles']['said']] if 'oracles' in verdict else []))
@@ -118,9 +130,11 @@ def request_run(
 
     with _threads(network_threads()):
         entry = run_request(args.folder, args.key, forgotten_pictures=args.forgotten_pictures, **_places(args))
+    for sentence in entry['warnings']:
+        warnings.warn(sentence, stacklevel=2)
     say(_verdict_said(entry['verdict']))
     say(f'weights: {args.folder}/unlearned.pt; page: {write_record_page(args.folder)}')
-    say('state: unlearned. The weights of before are kept for undoing; `request finalise` deletes them')
+    say(f'state: unlearned. {_NEXT[entry["verdict"]["status"]]}')
     return entry['verdict']['status']
 
 

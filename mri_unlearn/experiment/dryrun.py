@@ -225,6 +225,7 @@ class AtTheLevel(Callback):
     "Ends a fit before its first step, as soon as it is known at which level it would end"
 
     order = Aim.order + 1  # after the level is known, and before anything else begins
+    only_looks = True  # so that `watched` does not warn that nothing has changed
 
     def before_fit(self):
         for callback in self.learn.cbs:

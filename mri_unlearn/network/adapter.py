@@ -53,7 +53,7 @@ def _by_signature(module, words):
         if not known:
             raise DataError(
                 f'{type(module).__name__}.forward takes {", ".join(q.name for q in given)}: say what these are by '
-                f"takes=, as 'kspace + mask + maps'; the words are {', '.join(FORMS)}"
+                f"takes= (--takes), as 'kspace + mask + maps'; the words are {', '.join(FORMS)}"
             )
     return words[: len(given)]
 
@@ -213,7 +213,7 @@ def _answer(model, x):
         why = (str(e).strip().splitlines() or ['no message'])[0][:200]
         raise DataError(
             f'{type(unwrapped(model)).__name__}: raised {type(e).__name__} ({why}) as it was given {" ".join(given)}; '
-            'if it takes another form, say takes= to network.adapter.adapted, and multiple=16 if it halves its images'
+            'if it takes another form, say so by takes= (--takes), and multiple=16 (--multiple) if it halves its images'
         ) from e
     if any(not torch.equal(a, b) for a, b in zip(x, before)):
         raise DataError(

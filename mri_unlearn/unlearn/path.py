@@ -221,7 +221,9 @@ class _OnALine(Callback):
         "Warn where the aimed level is far from what the line reaches"
         if not (t in self.between or slope == 0) or abs(level - aim) < MISSED:
             return
-        why = 'more steps or a higher learning rate would lead further' if t == self.between[1] else 'judge it anew'
+        why = 'the steps did not lead there: try another learning rate, more steps or another method'
+        if t == self.between[1]:
+            why = 'more steps or a higher learning rate would lead further'
         warnings.warn(
             f'the level aimed at was not reached: {level:.1f} dB over the zero-filled images instead of {aim:.1f} '
             f'({self.first:.1f} at the start); {why}'
