@@ -54,5 +54,6 @@ def watched(
     yield
     level = getattr(learn, 'level', None)
     asked = rounds > 0 and lr > 0 and not (level is not None and level.kind == 'nothing')
+    asked = asked and not getattr(learn, 'ahead', False)  # no step was wanted, see `AtTheLevel`
     if asked and all(torch.equal(p, old) for (_, p), old in zip(weights, before)):
         warnings.warn(f'{method} has changed nothing: all weights of this {kind} are as they were', stacklevel=4)
