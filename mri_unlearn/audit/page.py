@@ -7,11 +7,13 @@ __all__ = ['plot_request', 'write_record_page', 'card_text']
 
 # %% ../../nbs/88h_audit.page.ipynb #ca9924d9
 import base64
+import json
 from pathlib import Path
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from .job import Job
 from .record import last_entry, read_record, state_of
 from ..experiment.dryrun import duration
 from ..experiment.outlook import KIND_IN_WORDS
@@ -62,7 +64,7 @@ _BODY = """{% import 'table' as t %}<!DOCTYPE html>
 <dt>Reason given</dt><dd>{{ check.asked.reason or 'none was recorded' }}</dd>
 {% if check.asked.received %}<dt>Date of the letter</dt><dd>{{ check.asked.received }}</dd>{% endif %}
 <dt>Names that match nothing</dt><dd>{{ check.asked.missing|join(', ') or 'none' }}</dd>
-<dt>Names that match only if spelled otherwise</dt><dd>{{ check.asked.ambiguous|join(', ') or 'none' }}</dd></dl>
+<dt>{{ otherwise }}</dt><dd>{{ check.asked.ambiguous|join(', ') or 'none' }}</dd></dl>
 {% if key %}<p class="note">Names of people, scans and places are pseudonyms of the key {{ key }}, which is kept
 elsewhere.</p>{% endif %}</section>
 <section><h2>What was matched</h2><p>{{ matched }}</p>{{ t.table(sides.head, sides.rows, ['side']) }}</section>
@@ -81,6 +83,7 @@ elsewhere.</p>{% endif %}</section>
 {% if findings %}<section><h2>Looked at once more</h2>
 {{ t.table(findings.head, findings.rows, findings.head) }}</section>{% endif %}
 <section><h2>How to repeat it</h2><p><code>{{ again }}</code></p>
+{% if key %}<p class="note">With the names as the scans have them in place of the pseudonyms.</p>{% endif %}
 {{ t.table(['setting', 'value'], job, ['setting', 'value']) }}
 </section><section><h2>The record</h2><p>Each entry holds the digest of the one before.{% if check.follows %} This
 network was made to forget before; the record of that request ends with <code>{{ check.follows }}</code>.{% endif %}</p>
@@ -94,12 +97,27 @@ _STATES = {
     'undone': 'It was taken back; the network is as it was.',
     'finalised': 'The weights of before were deleted here; what is left elsewhere is listed below.',
 }
-_LEAD = {
-    0: 'The network has forgotten what was asked, as far as could be measured, and nothing else was damaged.',
-    3: 'Whether the network has forgotten enough is not decided.',
-    4: 'The network has not forgotten enough.',
-    5: 'The network was damaged: it forgot too much, or got worse on what had to be kept.',
+_FORGOTTEN = {  # the verdict on the scans to be forgotten
+    'at': 'On the scans to be forgotten the network does as well as one is expected to that never saw them',
+    'nothing': 'Nothing to forget was found in the network, and it was not changed',
+    'under': 'The network has not forgotten enough',
+    'over': 'The network was damaged: it does worse on the scans to be forgotten than one that never saw them',
+    'undecided': 'Whether the network has forgotten enough is not decided',
 }
+_KEPT = {  # and on the others
+    'kept': 'no damage was found on {scans}',
+    'undecided': 'whether {scans} got worse is not decided',
+    'damaged': '{scans} got worse, which is damage',
+}
+
+
+def _lead(verdict):
+    "The verdict on both sides, in one sentence; where there are Oracles, they decide"
+    sides = verdict['sides']
+    scans = 'other scans' if sides['retain']['looked'] == 'retain_test' else 'retained scans that it was trained on'
+    said = f'{_FORGOTTEN[sides["forget"]["word"]]}; {_KEPT[sides["retain"]["word"]].format(scans=scans)}.'
+    oracles = verdict.get('oracles')
+    return f'Judged {oracles["said"]}. Without them: {said}' if oracles else said
 
 # %% ../../nbs/88h_audit.page.ipynb #80430235
 _SIDES = {
@@ -196,22 +214,27 @@ def _picture(f):
     return Markup(html).format(f['data'], f['width'], f['caption'], f['caption'])
 
 
+_ALWAYS = 'method retain_fraction passes mask acceleration center_fraction loss seed'.split()  # said in any case
+_OTHERWISE = {True: 'Names taken though spelled otherwise', False: 'Names spelled almost alike, and not taken'}
+
+
+def _option(name, value):
+    "An option of the command line, as it is typed"
+    if name == 'settings':
+        return ' '.join(f'--set {k}={v}' for k, v in value.items())
+    name = {'arguments': 'network-args'}.get(name, name).replace('_', '-')
+    said = {True: '', None: ' none'}.get(
+        value if not isinstance(value, (dict, int)) or value is True else 0, f' {value}'
+    )
+    return f'--{name}{said}' if not isinstance(value, dict) else f"--{name} '{json.dumps(value)}'"
+
+
 def _again(check):
-    "The command that repeats a request"
-    job, asked = check['job'], check['asked']
-    options = [
-        f'--method {job["method"]}',
-        f'--retain-fraction {job["retain_fraction"]:g}',
-        f'--passes {job["passes"]:g}',
-    ]
-    options += [
-        f'--mask {job["mask"]}',
-        f'--acceleration {job["acceleration"]:g}',
-        f'--center-fraction {job["center_fraction"]:g}',
-    ]
-    options += [f'--loss {job["loss"]}', f'--seed {job["seed"]}']
-    options += [f'--network {job["network"]}'] if job['network'] else []
-    what = f'mri_unlearn request check --model … --data … --forget "{asked["query"]}" {" ".join(options)} --out DIR'
+    "The command that repeats a request: what it was given, and of the rest what is not as usual"
+    job, usual = check['job'], Job('', ()).public()
+    named = [n for n in job if n in _ALWAYS or job[n] != usual.get(n)]
+    options = ' '.join(_option(n, job[n]) for n in named)
+    what = f'mri_unlearn request check --model … --data … --forget "{check["asked"]["query"]}" {options} --out DIR'
     return f'{what} && mri_unlearn request run DIR'
 
 
@@ -231,9 +254,10 @@ def _filled(folder, record):
     found = dict(
         check=check, run=run, state=state, state_said=_STATES[state], request=record['request'], key=record['key']
     )
-    found |= dict(title=_matched_title(check), lead=_LEAD[run['verdict']['status']] if run else _STATES[state])
+    found |= dict(title=_matched_title(check), lead=_lead(run['verdict']) if run else _STATES[state])
     found |= dict(matched=_matched_said(check), sides=_table_of(check), network=_network_words(check))
     found |= dict(copies=copies, findings=_findings(verify) if run and verify else None, again=_again(check))
+    found |= dict(otherwise=_OTHERWISE[bool(check['asked']['lines'])])
     found |= dict(job=[[k, str(v)] for k, v in check['job'].items()])
     found |= dict(history=dict(head=['time', 'step', 'state', 'digest'], rows=history))
     if run:
