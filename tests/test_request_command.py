@@ -15,7 +15,7 @@ import pytest
 from test_identifiers import WORD, leaks, rename
 from test_request_safety import COMMAND, files, here
 
-from mri_unlearn.audit.record import last_entry, read_record, record_schema
+from mri_unlearn.audit.record import add_entry, last_entry, read_record, record_schema
 from mri_unlearn.data.loaders import recon_dls
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.network.learner import SkipValidation, recon_learner
@@ -362,6 +362,9 @@ def test_changed_scans_and_edited_records_are_found(home, one, tmp_path):
     assert status == 1 and 'is not as it was written' in err
 
 
+COMMON = 'verb at state previous digest'.split()  # of every entry
+
+
 def test_undo_and_finalise_delete_nothing_where_the_other_file_is_gone(home, one, tmp_path):
     before, after = 'before.pt', 'unlearned.pt'
     for verb, name, other in (('undo', before, None), ('undo', before, after), ('finalise', after, before)):
@@ -374,6 +377,15 @@ def test_undo_and_finalise_delete_nothing_where_the_other_file_is_gone(home, one
         status, _, err = here(home, 'request', verb, folder)
         assert status == 1 and name in err and 'put' in err
         assert files(folder) == was, (verb, name)
+    shutil.copytree(home / 'requests/one', folder := tmp_path / 'record')
+    shutil.rmtree(home / 'requests/exchanged', ignore_errors=True)
+    assert here(home, *asked(2, 'requests/exchanged'))[0] == 0
+    record = read_record(home / 'requests/exchanged')
+    (folder / 'record.json').unlink()
+    add_entry(folder, 'check', 'unlearned', **{k: v for k, v in record['entries'][0].items() if k not in COMMON})
+    was = files(folder)
+    status, _, err = here(home, 'request', 'undo', folder)
+    assert status == 1 and 'is of another request' in err and files(folder) == was
 
 
 def test_a_list_says_on_which_line_a_name_is_and_contradicts_itself_nowhere(home, tmp_path):

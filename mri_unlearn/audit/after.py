@@ -150,12 +150,15 @@ def _deleted(folder, names):
     return found
 
 
-def _way_back(folder):
+def _way_back(folder, check):
     "Raise `DataError` where before.pt is gone or another file: the result would be deleted for nothing"
     path, done = folder / 'before.pt', folder / 'done.json'
     if not path.is_file():
         raise DataError(f'{path}: is not there, so nothing would be left; put it back, or go on to `request finalise`')
-    if done.is_file() and file_digest(path) != read_json(done)['files']['before.pt']:
+    told = read_json(done) if done.is_file() else None
+    if told and told['check'] != check['digest']:
+        raise DataError(f'{folder}: its record is of another request than its files; put the right record back')
+    if told and file_digest(path) != told['files']['before.pt']:
         raise DataError(f'{path}: is not the file that the run has left; put that one back')
 
 
@@ -169,7 +172,7 @@ def undo_request(
         why = 'the weights of before are deleted' if state_of(record) == 'finalised' else 'it was not carried out'
         raise DataError(f'{folder}: this request is {state_of(record)}, {why}; there is nothing to undo')
     with locked(folder, 'another run of this request'):
-        _way_back(folder)
+        _way_back(folder, last_entry(record, 'check'))
         deleted = _deleted(folder, (*RUN_FILES, 'figures/*.png'))
         return add_entry(folder, 'undo', 'undone', deleted=deleted, versions=versions())
 

@@ -112,15 +112,9 @@ class _Known(_Names):
             if spelled.casefold() not in self.words:
                 self.names.setdefault(spelled, self.of(kind, name))
 
-# %% ../../nbs/30a_data.people.ipynb #aa7f4126
-class _Texts(_Known):
-    "Texts without names"
-
-    @cached_property
-    def _spaced(self):
-        "Names that are no single word, longest first, as one expression"
-        odd = sorted((n for n in self.names if not _WORD.fullmatch(n) or n[-1] in _EDGE), key=len, reverse=True)
-        return re.compile('|'.join(rf'(?<!\w){re.escape(n)}(?!\w)' for n in odd), re.IGNORECASE) if odd else None
+# %% ../../nbs/30a_data.people.ipynb #771549b3
+class _Spelled(_Known):
+    "Names that a letter may write in other letters"
 
     @cached_property
     def _folded(self):
@@ -131,6 +125,16 @@ class _Texts(_Known):
     def _named(self, word, other=None):
         "The pseudonym of a word, however its letters are written; `other` for a word that is no name"
         return self.names.get(word) or self._folded.get(word.casefold()) or (word if other is None else other)
+
+# %% ../../nbs/30a_data.people.ipynb #aa7f4126
+class _Texts(_Spelled):
+    "Texts without names"
+
+    @cached_property
+    def _spaced(self):
+        "Names that are no single word, longest first, as one expression"
+        odd = sorted((n for n in self.names if not _WORD.fullmatch(n) or n[-1] in _EDGE), key=len, reverse=True)
+        return re.compile('|'.join(rf'(?<!\w){re.escape(n)}(?!\w)' for n in odd), re.IGNORECASE) if odd else None
 
     def _word(self, word):
         "A word with the names in it replaced: all of it, what stands between slashes, or between other signs"
