@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,7 +19,7 @@ from test_request_safety import COMMAND, files, here
 
 from mri_unlearn.audit.job import Job
 from mri_unlearn.audit.page import _again
-from mri_unlearn.audit.record import last_entry, read_record, record_schema
+from mri_unlearn.audit.record import add_entry, last_entry, read_record, record_schema
 from mri_unlearn.command.options import OptionParser
 from mri_unlearn.command.request import add_commands, job_asked
 from mri_unlearn.data.loaders import recon_dls
@@ -333,6 +334,8 @@ BAD = {  # what is wrong -> words, what the one line says
     'code for a query': (asked(None, 'bad/x', '--forget', "__import__('os').system('id')"), 'cannot be called'),
     'no such column': (asked(None, 'bad/x', '--forget', "pateint_id == 'a'"), 'patient_id'),
     'an open quote': (asked(None, 'bad/x', '--forget', "patient_id == 'a"), 'not closed'),
+    'a date that is none': (asked(3, 'bad/x', '--received', 'yesterday'), 'the date of the letter'),
+    'a letter from the future': (asked(3, 'bad/x', '--received', '2999-01-01'), 'the date of the letter'),
     'no list': (asked(None, 'bad/x', '--forget-list', 'none.csv'), 'none.csv'),
     'a folder for a list': (asked(None, 'bad/x', '--forget-list', 'scans'), 'cannot be read'),
     'weights for a list': (asked(None, 'bad/x', '--forget-list', 'net.pt'), 'net.pt'),
@@ -406,3 +409,49 @@ def test_changed_scans_and_edited_records_are_found(home, one, tmp_path):
     (folder / 'record.json').write_text(text.replace('"volumes": 2', '"volumes": 3'))
     status, _, err = here(home, 'request', 'run', folder)
     assert status == 1 and 'is not as it was written' in err
+
+
+COMMON = 'verb at state previous digest'.split()  # of every entry
+
+
+def test_undo_and_finalise_delete_nothing_where_the_other_file_is_gone(home, one, tmp_path):
+    before, after = 'before.pt', 'unlearned.pt'
+    for verb, name, other in (('undo', before, None), ('undo', before, after), ('finalise', after, before)):
+        folder = tmp_path / f'{verb}{bool(other)}'
+        shutil.copytree(home / 'requests/one', folder)
+        (folder / name).unlink()
+        if other:
+            shutil.copy(folder / other, folder / name)
+        was = files(folder)
+        places = ['--model', 'net.pt', '--data', 'scans'] if verb == 'finalise' else []
+        status, _, err = here(home, 'request', verb, folder, *places)
+        assert status == 1 and name in err and 'put' in err, err
+        assert files(folder) == was, (verb, name)
+    shutil.copytree(home / 'requests/one', folder := tmp_path / 'record')
+    shutil.rmtree(home / 'requests/exchanged', ignore_errors=True)
+    assert here(home, *asked(2, 'requests/exchanged'))[0] == 0
+    record = read_record(home / 'requests/exchanged')
+    (folder / 'record.json').unlink()
+    add_entry(folder, 'check', 'unlearned', **{k: v for k, v in record['entries'][0].items() if k not in COMMON})
+    was = files(folder)
+    status, _, err = here(home, 'request', 'undo', folder)
+    assert status == 1 and 'is of another request' in err and files(folder) == was
+
+
+def test_a_list_says_on_which_line_a_name_is_and_contradicts_itself_nowhere(home, tmp_path):
+    (tmp_path / 'letter.csv').write_text(f'Patient ID;day\r\n# ward 3\r\n{patient(2)};1\r\n{patient(77)};2\r\n')
+    status, out, err = here(home, *asked(None, 'requests/lines', '--forget-list', tmp_path / 'letter.csv'))
+    assert status == 0 and '(1 names' not in out and '(2 names' in out and WORD not in out, (out, err)
+    assert re.search(r'match nothing: person: person-[0-9a-f]{16} \(line 4\)\n', out), out
+    assert 'has changed nothing' not in err
+    index = index_volumes(home / 'scans')
+    fname = index.fname[index.patient_id == patient(1)].iloc[0]
+    (tmp_path / 'letter.csv').write_text(f'patient,file\n{patient(2)},{fname}\n')
+    status, _, err = here(home, *asked(None, 'bad/x', '--forget-list', tmp_path / 'letter.csv'))
+    assert status == 1 and 'line 2 names a patient, and a file of another one' in err
+
+
+def test_a_reason_names_nobody_in_capitals_either(home):
+    status, *_ = here(home, *asked(3, 'requests/reason', '--reason', f'see {patient(3).upper()}, {patient(2).title()}'))
+    assert status == 0
+    assert WORD.lower() not in (home / 'requests/reason/record.json').read_text().lower()

@@ -121,7 +121,8 @@ def verify_request(
         veil.learn(index)
         found.append(_weights(after, entry))
         same = veil.digest(index) == check['index']['digest']
-        found.append(_finding('scans', same, f'{len(index)} volumes, {"those" if same else "not those"} of the check'))
+        those = 'those of the check by name, person, organ and slices' if same else 'not those of the check'
+        found.append(_finding('scans', same, f'{len(index)} volumes, {those}'))
         if there and same:
             before = network_of_job(job, folder / 'before.pt')
             splits = splits_of_record(job, index, check['matched']['scans'], veil, before)
@@ -149,6 +150,18 @@ def _deleted(folder, names):
     return found
 
 
+def _way_back(folder, check):
+    "Raise `DataError` where before.pt is gone or another file: the result would be deleted for nothing"
+    path, done = folder / 'before.pt', folder / 'done.json'
+    if not path.is_file():
+        raise DataError(f'{path}: is not there, so nothing would be left; put it back, or go on to `request finalise`')
+    told = read_json(done) if done.is_file() else None
+    if told and told['check'] != check['digest']:
+        raise DataError(f'{folder}: its record is of another request than its files; put the right record back')
+    if told and file_digest(path) != told['files']['before.pt']:
+        raise DataError(f'{path}: is not the file that the run has left; put that one back')
+
+
 def undo_request(
     folder,  # str or Path: of a request that was carried out and is not finalised
 ) -> dict:  # the new entry
@@ -159,22 +172,33 @@ def undo_request(
         why = 'the weights of before are deleted' if state_of(record) == 'finalised' else 'it was not carried out'
         raise DataError(f'{folder}: this request is {state_of(record)}, {why}; there is nothing to undo')
     with locked(folder, 'another run of this request'):
+        _way_back(folder, last_entry(record, 'check'))
         deleted = _deleted(folder, (*RUN_FILES, 'figures/*.png'))
         return add_entry(folder, 'undo', 'undone', deleted=deleted, versions=versions())
 
 # %% ../../nbs/88g_audit.after.ipynb #d0edeaae
 def _left(job, check, veil):
-    "What still carries the influence, and is not ours to delete"
-    left = []
-    if Path(job.model).is_file():
-        left.append(dict(what='file of the network before', state='there', digest=file_digest(job.model)))
-    there = {
-        veil.of('scan', p.name) for root in job.data for p in Path(root).rglob('*') if p.suffix in ('.h5', '.hdf5')
-    }
-    scans = len(there & set(check['matched']['scans']))
-    if scans:
-        left.append(dict(what=f'{scans} of {len(check["matched"]["scans"])} scans to be forgotten', state='there'))
+    "What still carries the influence, and is not ours to delete; what lies elsewhere now is said, too"
+    lost, wanted = 'not found where it was looked for; it may lie elsewhere', check['matched']['scans']
+    there = Path(job.model).is_file()
+    left = [dict(what='file of the network before', state='there' if there else lost)]
+    left[0] |= dict(digest=file_digest(job.model)) if there else {}
+    files = (p for root in job.data for p in Path(root).rglob('*') if p.suffix in ('.h5', '.hdf5'))
+    scans = len({veil.of('scan', p.name) for p in files} & set(wanted))
+    for n, state in (
+        (scans, 'there'),
+        (len(wanted) - scans, lost.replace('it was', 'they were').replace('it may', 'they may')),
+    ):
+        left += [dict(what=f'{n} of {len(wanted)} scans to be forgotten', state=state)] * bool(n)
     return left + [dict(what=child['name'], state='not treated', digest=child['digest']) for child in check['children']]
+
+# %% ../../nbs/88g_audit.after.ipynb #02e01914
+def _is_result(folder, job, run):
+    "Raise `DataError` where unlearned.pt is gone, or another network"
+    path = folder / 'unlearned.pt'
+    if not path.is_file() or weights_digest(network_of_job(job, path)) != run['weights']:
+        what = 'holds other weights than the record says' if path.is_file() else 'is not there'
+        raise DataError(f'{path}: {what}; put the result of the run back, or undo the request; nothing was deleted')
 
 
 def finalise_request(
@@ -182,7 +206,7 @@ def finalise_request(
     key=None,  # file of the key of pseudonyms; None: the usual one
     **places,  # model, data: where they lie now, if not where they lay at the check
 ) -> dict:  # the new entry
-    "Delete what still carries the influence, and record what was deleted and what is left; cannot be undone"
+    "Delete what still carries the influence, and record what was deleted and left; `DataError` for another result"
     folder = Path(folder)
     record = read_record(folder)
     if state_of(record) != 'unlearned':
@@ -190,6 +214,7 @@ def finalise_request(
     check = last_entry(record, 'check')
     job, veil = remembered(record, check, key, **places), record_veil(key, short=record['key'])
     with locked(folder, 'another run of this request'):
+        _is_result(folder, job, last_entry(record, 'run'))
         left = _left(job, check, veil)
         deleted = _deleted(folder, ('before.pt', 'done.json', 'figures/forgotten_*.png'))
         tables = sorted(cache_folder().glob('index-*.json'))

@@ -8,6 +8,7 @@ __all__ = ['check_request']
 # %% ../../nbs/88e_audit.checking.ipynb #3f407c5b
 import os
 import warnings
+from datetime import date, timedelta
 from pathlib import Path
 
 from mri_unlearn.audit.job import (
@@ -82,8 +83,9 @@ def _matched(splits, veil):
     )
 
 
-def _names(found, veil):
-    return [f'{kind}: {veil.of(kind, name)}' for kind, name in found]
+def _names(found, veil, where):
+    "Names of a letter as pseudonyms, with the line of the list that they stand on"
+    return [f'{kind}: {veil.of(kind, n)}{f" (line {where[n]})" if n in where else ""}' for kind, n in found]
 
 
 def _network_said(model):
@@ -109,7 +111,7 @@ def _check_oracles(job, model):
                 f'{path}: holds the weights of {job.model}; an Oracle is a network that never saw the scans'
             )
 
-
+# %% ../../nbs/88e_audit.checking.ipynb #33ca1219
 def _children(job, veil):
     "Networks that were made from the old one"
     return [dict(name=veil.text(Path(p).name), digest=file_digest(p), treated=False) for p in job.children]
@@ -133,7 +135,18 @@ def _must_be_apart(folder, job):
 def _said_of(asked, reason, received, veil):
     "The letter, for the record"
     said = dict(query=veil.query(asked.query), lines=asked.lines, reason=veil.text(reason), received=received)
-    return said | dict(missing=_names(asked.missing, veil), ambiguous=_names(asked.ambiguous, veil))
+    said['missing'], said['ambiguous'] = (_names(n, veil, asked.where) for n in (asked.missing, asked.ambiguous))
+    return said
+
+
+def _date(received):
+    "Raise `DataError` for a date of a letter that is none, or not yet"
+    try:
+        late = bool(received) and date.fromisoformat(received) > date.today() + timedelta(1)  # it may be tomorrow there
+    except ValueError:
+        late = True
+    if late:
+        raise DataError(f'the date of the letter is {received!r:.80}; expected a day that has been, such as 2024-05-31')
 
 
 def _planned(ahead):
@@ -148,12 +161,13 @@ def check_request(
     forget=None,  # query over the index, or several of which each counts
     forget_list=None,  # file of names instead: patients, studies or files
     reason: str = '',  # why, and on what ground, for the record
-    received: str = '',  # date of the letter, for the record
+    received: str = '',  # date of the letter, such as '2024-05-31', for the record
     identifiers: bool = False,  # leave names of people as they are
     key=None,  # file of the key of pseudonyms; None: the usual one
 ) -> dict:  # the new entry of the record
     "Say what a letter matches and what will come of it; `DataError` for what cannot be carried out"
     check_settings(job.method, job.settings)
+    _date(received)
     key_outside(key or key_path(), folder)
     _must_be_apart(folder, job)
     model, index = network_of_job(job), volumes_of_job(job)

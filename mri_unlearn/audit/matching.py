@@ -8,6 +8,7 @@ __all__ = ['MOST_LINES', 'Asked', 'names_in_list', 'asked_by_list', 'asked_by_qu
 # %% ../../nbs/88b_audit.matching.ipynb #4d5593f2
 import csv
 import io
+import re
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class Asked(NamedTuple):
     lines: int  # names in a list; 0 for a query
     missing: list  # (kind of name, name) that match nothing
     ambiguous: list  # (kind of name, name) that match only if spelled otherwise
+    where: dict = {}  # such a name -> line of the list, by which its reader finds it: names are not printed
 
 
 class _Names:
@@ -59,7 +61,7 @@ class _Names:
 
 # %% ../../nbs/88b_audit.matching.ipynb #547c0b74
 _HEADINGS = {
-    'patient_id': ('patient_id', 'patientid', 'patient', 'subject', 'subject_id', 'id'),
+    'patient_id': ('patient_id', 'patientid', 'patient', 'patienten_id', 'subject', 'subject_id', 'subjectid', 'id'),
     'study': ('study', 'studyinstanceuid', 'study_instance_uid', 'study_uid', 'study_id'),
     'fname': ('fname', 'file', 'filename', 'file_name', 'volume', 'scan', 'path'),
 }
@@ -67,68 +69,91 @@ _COLUMN = {heading: column for column, headings in _HEADINGS.items() for heading
 MOST_LINES = 200_000
 
 
+def _column_of(cell):
+    "The column of an index that a heading means, None: none; 'Patient ID' and 'patient-id' are patient_id"
+    return _COLUMN.get('_'.join(re.split(r'[\s_-]+', cell.strip(' "\'').lower())))
+
+
 def _rows(path):
-    "The lines of a file as lists of cells, whatever separates them; comments and empty lines are left out"
+    "(number, cells) of each line that is no comment and not empty, whatever separates the cells; is it a table?"
     try:
         text = read_bytes(path, 50_000_000).decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise DataError(f'{path}: cannot be read as text in UTF-8 ({e.reason}); save it as CSV in UTF-8') from e
     if '\0' in text:
         raise DataError(f'{path}: is no text; expected one name a line, or a CSV table')
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith('#')]
+    whole = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip() and line.lstrip()[0] != '#']
+    lines = [line for _, line in whole]
     if not lines or len(lines) > MOST_LINES:
         raise DataError(f'{path}: expected names, one a line, at most {MOST_LINES:,}; found {len(lines):,}')
     separator = max(',;\t', key=lines[0].count)
-    headed = any(cell.strip(' "\'').lower() in _COLUMN for cell in lines[0].split(separator))
+    headed = any(_column_of(cell) for cell in lines[0].split(separator))
     separated = headed and separator in lines[0]
     rows = csv.reader(io.StringIO('\n'.join(lines)), delimiter=separator if separated else '\x1f')
-    return [[cell.strip() for cell in row] for row in rows], headed
+    return [(whole[rows.line_num - 1][0], [cell.strip() for cell in row]) for row in rows], headed
 
 # %% ../../nbs/88b_audit.matching.ipynb #7be6fb52
+def _lines_of(path):
+    "(name, column that it is of, person beside it) -> number of the line that says so first"
+    rows, headed = _rows(path)
+    found = {}
+    if not headed:
+        for number, row in rows:
+            found.setdefault((row[0], None, ''), number)
+        return {key: number for key, number in found.items() if key[0]}
+    (_, heads), *rows = rows
+    columns = [_column_of(cell) for cell in heads]
+    wanted = next(c for c in ('study', 'fname', 'patient_id') if c in columns)  # the narrowest says what is meant
+    at, beside = columns.index(wanted), columns.index('patient_id') if 'patient_id' in columns else None
+    for number, row in rows:
+        if len(row) <= at or not row[at]:
+            raise DataError(f'{path}: line {number} names nothing under {heads[at]!r}; write it there, or delete it')
+        person = row[beside] if beside is not None and beside < len(row) else ''
+        found.setdefault((row[at], wanted, '' if wanted == 'patient_id' else person), number)
+    return found
+
+
 def names_in_list(
     path,  # text file: a name a line, or a CSV table with a heading
 ) -> list:  # of (name, column that it is of; None: not said), each once
     "The names in a letter that came as a file; `DataError` for what cannot be read, and for a table without such names"
-    rows, headed = _rows(path)
-    if not headed:
-        return list(dict.fromkeys((row[0], None) for row in rows if row[0]))
-    columns = [_COLUMN.get(cell.lower()) for cell in rows[0]]
-    for wanted in ('study', 'fname', 'patient_id'):  # the narrowest says what is meant
-        if wanted in columns:
-            at = columns.index(wanted)
-            short = [i for i, row in enumerate(rows[1:], 2) if len(row) <= at or not row[at]]
-            if short:
-                raise DataError(
-                    f'{path}: line {short[0]} names nothing under {rows[0][at]!r}; write it there, or delete it'
-                )
-            return list(dict.fromkeys((row[at], wanted) for row in rows[1:]))
-    return []
+    return list(dict.fromkeys(key[:2] for key in _lines_of(path)))
 
 # %% ../../nbs/88b_audit.matching.ipynb #a4f3f5f3
+def _one_person(path, line, index, hit, person):
+    "Raise `DataError` where a line names a person, and a scan or a study of somebody else"
+    owners = set(index.patient_id[index[hit[0]].astype(str).isin(hit[1])].map(alike))
+    if person and owners != {alike(person)}:
+        what = 'study' if hit[0] == 'study' else 'file'
+        raise DataError(f'{path}: line {line} names a patient, and a {what} of another one; correct that line')
+
+
 def asked_by_list(
     path,  # file of names, as `names_in_list` reads it
     index: pd.DataFrame,  # one row a volume
 ) -> Asked:
-    "The request that a list of names makes; `DataError` where none of them is there"
-    names, known = names_in_list(path), _Names(index)
-    found, missing, ambiguous = {}, [], []
-    for name, column in names:
+    "The request that a list of names makes; `DataError` where none is there, or a line contradicts itself"
+    lines, known = _lines_of(path), _Names(index)
+    found, missing, ambiguous, where = {}, [], [], {}
+    for (name, column, person), line in lines.items():
         if column == 'study' and 'study' not in known.exact:
             raise DataError(f'{path}: names studies, and the index knows none; name patients or files')
         hit = known.find(name, column)
-        kind = PERSONAL[column or 'patient_id']
-        if hit is None:
-            missing.append((kind, name))
-            continue
-        found.setdefault(hit[0], set()).update(hit[1])
-        if not hit[2]:
-            ambiguous.append((kind, name))
+        if hit is not None:
+            _one_person(path, line, index, hit, person)
+            found.setdefault(hit[0], set()).update(hit[1])
+        if (hit is None or not hit[2]) and name not in where:
+            where[name] = line
+            (missing if hit is None else ambiguous).append((PERSONAL[column or 'patient_id'], name))
     if not found:
-        raise DataError(f'{path}: none of its {len(names)} names is in the index; the first: {names[0][0]!r:.80}')
+        raise DataError(
+            f'{path}: none of its {len(lines)} names is in the index; the first: {next(iter(lines))[0]!r:.80}. '
+            'Expected one name a line, or a table with a heading such as patient_id, study or file'
+        )
     parts = [f'{column} in {sorted(found[column])!r}' for column in sorted(found)]
-    return Asked(' or '.join(parts), len(names), missing, ambiguous)
+    return Asked(' or '.join(parts), len({key[:2] for key in lines}), missing, ambiguous, where)
 
-
+# %% ../../nbs/88b_audit.matching.ipynb #f01823b2
 def asked_by_query(
     queries,  # one, or several of which each counts
     index: pd.DataFrame,  # one row a volume

@@ -67,7 +67,7 @@ _BODY = """{% import 'table' as t %}<!DOCTYPE html>
 <dt>Reason given</dt><dd>{{ check.asked.reason or 'none was recorded' }}</dd>
 {% if check.asked.received %}<dt>Date of the letter</dt><dd>{{ check.asked.received }}</dd>{% endif %}
 <dt>Names that match nothing</dt><dd>{{ check.asked.missing|join(', ') or 'none' }}</dd>
-<dt>Names that match only if spelled otherwise</dt><dd>{{ check.asked.ambiguous|join(', ') or 'none' }}</dd></dl>
+<dt>{{ otherwise }}</dt><dd>{{ check.asked.ambiguous|join(', ') or 'none' }}</dd></dl>
 {% if key %}<p class="note">Names of people, scans and places are pseudonyms of the key {{ key }}, which is kept
 elsewhere.</p>{% endif %}</section>
 <section><h2>What was matched</h2><p>{{ matched }}</p>{{ t.table(sides.head, sides.rows, ['side']) }}</section>
@@ -89,7 +89,7 @@ elsewhere.</p>{% endif %}</section>
 {% if findings %}<section><h2>Looked at once more</h2>
 {{ t.table(findings.head, findings.rows, findings.head) }}</section>{% endif %}
 <section><h2>How to repeat it</h2><p><code>{{ again }}</code></p>
-{% if key %}<p class="note">With the names themselves where pseudonyms stand.</p>{% endif %}
+{% if key %}<p class="note">With the names as the scans have them in place of the pseudonyms.</p>{% endif %}
 {{ t.table(['setting', 'value'], job, ['setting', 'value']) }}
 </section><section><h2>The record</h2><p>Each entry holds the digest of the one before.{% if check.follows %} This
 network was made to forget before; the record of that request ends with <code>{{ check.follows }}</code>.{% endif %}</p>
@@ -103,29 +103,29 @@ _STATES = {
     'undone': 'It was taken back; the network is as it was.',
     'finalised': 'The weights of before were deleted here; what is left elsewhere is listed below.',
 }
-_LEAD = {
-    0: 'The network has forgotten what was asked, as far as could be measured, and nothing else was damaged.',
-    3: 'Whether the network has forgotten enough is not decided.',
-    4: 'The network has not forgotten enough.',
-    5: 'The network was damaged: it forgot too much, or got worse on what had to be kept.',
+_FORGOTTEN = {  # the verdict on the scans to be forgotten
+    'at': 'On the scans to be forgotten the network does as well as one is expected to that never saw them',
+    'nothing': 'Nothing to forget was found in the network, and it was not changed',
+    'under': 'The network has not forgotten enough',
+    'over': 'The network was damaged: it does worse on the scans to be forgotten than one that never saw them',
+    'undecided': 'Whether the network has forgotten enough is not decided',
 }
-_SIDE_LEAD = dict(
-    over='it forgot too much', damaged='it got worse on what had to be kept', under='it has not forgotten enough'
-)
+_KEPT = {  # and on the others
+    'kept': 'no damage was found on {scans}',
+    'undecided': 'whether {scans} got worse is not decided',
+    'damaged': '{scans} got worse, which is damage',
+}
 
 
 def _lead(verdict):
-    "The first sentence of the page"
-    status, (forget, retain) = verdict['status'], (verdict['sides'][side]['word'] for side in ('forget', 'retain'))
-    if 'oracles' not in verdict:  # these look at both sides at once
-        if status == 5:
-            said = [_SIDE_LEAD[word] for word in (retain, forget) if word in _SIDE_LEAD]
-            return f'The network was damaged: {" and ".join(said)}.'
-        if status == 3 and forget in ('at', 'nothing'):
-            return 'Whether what had to be kept was damaged is not decided.'
-        if forget == 'nothing':
-            return 'Nothing to forget was found, and the network is as it was.'
-    return _LEAD[status]
+    "The verdict on both sides, in one sentence; where there are Oracles, they decide"
+    sides = verdict['sides']
+    scans = (
+        'other scans' if sides['retain'].get('looked') != 'retain_train' else 'retained scans that it was trained on'
+    )
+    said = f'{_FORGOTTEN[sides["forget"]["word"]]}; {_KEPT[sides["retain"]["word"]].format(scans=scans)}.'
+    oracles = verdict.get('oracles')
+    return f'Judged {oracles["said"]}. Without them: {said}' if oracles else said
 
 # %% ../../nbs/88h_audit.page.ipynb #80430235
 _SIDES = {
@@ -228,6 +228,7 @@ def _picture(f):
     return Markup(html).format(f['data'], f['width'], f['caption'], f['caption'])
 
 
+_OTHERWISE = {True: 'Names taken though spelled otherwise', False: 'Names spelled almost alike, and not taken'}
 _FLAGS = 'allow_mixed', 'strict', 'unchecked'
 _ALWAYS = 'method', 'retain_fraction', 'passes', 'mask', 'acceleration', 'center_fraction', 'loss', 'seed'
 _USUAL = {f.name: f.default for f in fields(Job) if f.name not in (*Job.places, 'workers', 'arguments', 'settings')}
@@ -273,6 +274,7 @@ def _filled(folder, record):
     found |= dict(title=_matched_title(check), lead=_lead(run['verdict']) if run else _STATES[state])
     found |= dict(matched=_matched_said(check), sides=_table_of(check), network=_network_words(check))
     found |= dict(copies=copies, findings=_findings(verify) if run and verify else None, again=_again(check))
+    found |= dict(otherwise=_OTHERWISE[bool(check['asked']['lines'])])
     found |= dict(job=[[k, str(v)] for k, v in check['job'].items()])
     found |= dict(history=dict(head=['time', 'step', 'state', 'digest'], rows=history))
     if run:
@@ -318,9 +320,9 @@ def card_text(
         return f'Request {record["request"]}: {state_of(record)}; the network was not changed.'
     people = _people(len(check['matched']['people']))
     return (
-        f'**Unlearning, {run["at"][:10]}.** The influence of {check["matched"]["volumes"]} scans of {people} was '
-        f'removed by `{check["job"]["method"]}` (request {record["request"]}, {state_of(record)}). On these scans: '
-        f'{run["verdict"]["forget"]}. Elsewhere: {run["verdict"]["retain"]}. {run["not_shown"][0]} '
+        f'**Unlearning, {run["at"][:10]}.** The influence of {check["matched"]["volumes"]} scans of {people} '
+        f'was to be removed by `{check["job"]["method"]}` (request {record["request"]}, {state_of(record)}). On '
+        f'these scans: {run["verdict"]["forget"]}. Elsewhere: {run["verdict"]["retain"]}. {run["not_shown"][0]} '
         f'Weights before: `{check["network"]["weights"][:16]}`, after: `{run["weights"][:16]}`; '
         f'last entry of the record: `{record["entries"][-1]["digest"][:16]}`.'
     )

@@ -48,6 +48,11 @@ def job_asked(
     return Job(**fields, device=None if device is None else str(device))
 
 # %% ../../nbs/93a_command.request.ipynb #477ce7a5
+def _few_names(names, most=20):
+    more = f' and {len(names) - most:,} more, all of them in the record' if len(names) > most else ''
+    return (', '.join(names[:most]) or 'none') + more
+
+
 def _counts(entry):
     "How many people, scans and slices are on which side, for a person"
     asked, matched = entry['asked'], entry['matched']
@@ -55,8 +60,9 @@ def _counts(entry):
     yield f'asked for: {asked["query"]}{names}'
     people = len(matched['people'])
     yield f'matched: {matched["volumes"]} scans of {people} people, {matched["training"]} of them in training'
-    yield f'match nothing: {", ".join(asked["missing"]) or "none"}'
-    yield f'match only if spelled otherwise: {", ".join(asked["ambiguous"]) or "none"}'
+    yield f'match nothing: {_few_names(asked["missing"])}'
+    otherwise = 'taken though spelled otherwise' if asked['lines'] else 'spelled almost alike, and not taken'
+    yield f'{otherwise}: {_few_names(asked["ambiguous"])}'
     for side, n in matched['sides'].items():
         yield f'  {side}: {n["people"]} people, {n["volumes"]} scans, {n["slices"]} slices'
     before = entry['network']['forgotten_before']
@@ -204,8 +210,10 @@ def _add_letter(p):
     which.add_argument('--forget', action=_Each, type=some_text, metavar='QUERY', help=what)
     names = 'a file of names instead, one a line or a CSV table: patients, studies (StudyInstanceUID) or files'
     which.add_argument('--forget-list', type=file_name, metavar='FILE', help=names)
-    p.add_argument('--reason', default='', help='why, and on what ground, for the record')
-    p.add_argument('--received', default='', metavar='DATE', help='date of the letter, for the record')
+    p.add_argument('--reason', default='', help='why, and on what ground, for the record; may be left out')
+    p.add_argument(
+        '--received', default='', metavar='DATE', help='day of the letter, such as 2024-05-31, for the record'
+    )
     add_mixed(p)
     child = 'a network made from this one (fine-tuned, exported): it is listed, and not treated; may be repeated'
     p.add_argument('--child', action='append', default=[], type=file_name, metavar='FILE', help=child)

@@ -103,7 +103,8 @@ class _Known(_Names):
         for path, _ in index.attrs.get('skipped', []):
             self._know('place', str(path))
             self._know('scan', PurePath(path).name)
-        self.__dict__.pop('_spaced', None)
+        for made in ('_spaced', '_folded'):
+            self.__dict__.pop(made, None)
         return self
 
     def _know(self, kind, name):
@@ -111,26 +112,40 @@ class _Known(_Names):
             if spelled.casefold() not in self.words:
                 self.names.setdefault(spelled, self.of(kind, name))
 
+# %% ../../nbs/30a_data.people.ipynb #771549b3
+class _Spelled(_Known):
+    "Names that a letter may write in other letters"
+
+    @cached_property
+    def _folded(self):
+        "Names in small letters, of people and of whatever has a digit: a letter may write them otherwise"
+        sure = {n: p for n, p in self.names.items() if p.startswith('person-') or re.search(r'\d', n)}
+        return {name.casefold(): pseudonym for name, pseudonym in sure.items()}
+
+    def _named(self, word, other=None):
+        "The pseudonym of a word, however its letters are written; `other` for a word that is no name"
+        return self.names.get(word) or self._folded.get(word.casefold()) or (word if other is None else other)
+
 # %% ../../nbs/30a_data.people.ipynb #aa7f4126
-class _Texts(_Known):
+class _Texts(_Spelled):
     "Texts without names"
 
     @cached_property
     def _spaced(self):
         "Names that are no single word, longest first, as one expression"
         odd = sorted((n for n in self.names if not _WORD.fullmatch(n) or n[-1] in _EDGE), key=len, reverse=True)
-        return re.compile('|'.join(rf'(?<!\w){re.escape(n)}(?!\w)' for n in odd)) if odd else None
+        return re.compile('|'.join(rf'(?<!\w){re.escape(n)}(?!\w)' for n in odd), re.IGNORECASE) if odd else None
 
     def _word(self, word):
         "A word with the names in it replaced: all of it, what stands between slashes, or between other signs"
         bare = word.rstrip(_EDGE)
-        if bare in self.names:
-            return self.names[bare] + word[len(bare) :]
+        if named := self._named(bare, ''):
+            return named + word[len(bare) :]
         if '/' in word or '\\' in word:
             return ''.join(
-                self.names.get(p, self._word(p)) if p not in '/\\' else p for p in re.split(r'([/\\])', word)
+                self._named(p, '') or self._word(p) if p not in '/\\' else p for p in re.split(r'([/\\])', word)
             )
-        return ''.join(self.names.get(p, p) if len(p) > 1 else p for p in re.split(r'([^A-Za-z0-9])', word))
+        return ''.join(self._named(p) if len(p) > 1 else p for p in re.split(r'([^A-Za-z0-9])', word))
 
     def text(
         self,
@@ -141,7 +156,7 @@ class _Texts(_Known):
         if not self.names:
             return text
         if self._spaced:
-            text = self._spaced.sub(lambda m: self.names[m[0]], text)
+            text = self._spaced.sub(lambda m: self._named(m[0]), text)
         return _WORD.sub(lambda m: self._word(m[0]), text)
 
     def data(

@@ -230,6 +230,7 @@ class AtTheLevel(Callback):
     def before_fit(self):
         for callback in self.learn.cbs:
             callback.run = callback.order <= self.order  # fastai sets it back
+        self.learn.ahead = True  # no step is made: that no weight has changed is as it should be
         raise CancelFitException
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #39eb98e6
