@@ -260,7 +260,7 @@ def test_undo_and_finalise(home, one, tmp_path):
     )
     assert not (other / 'before.pt').exists()
     jsonschema.validate(read_record(other), record_schema())
-    assert here(home, 'request', 'undo', other)[0] == 1
+    assert here(home, 'request', 'undo', other)[0] == here(home, 'request', 'run', other)[0] == 1
     assert here(home, 'request', 'verify', other, '--data', 'scans')[0] in (0, 3, 4, 5)
     assert here(home, 'report', other)[0] == 0
 
@@ -405,6 +405,16 @@ def test_changed_scans_and_edited_records_are_found(home, one, tmp_path):
         assert status == 1 and 'have changed since the check' in err
     finally:
         os.rename(tmp_path / scan.name, scan)
+    with h5py.File(scan, 'r+') as f:
+        middle = f['kspace'].shape[0] // 2
+        was = f['kspace'][middle]
+        f['kspace'][middle] = was * 2
+    try:
+        status, _, err = here(home, 'request', 'run', folder)
+        assert status == 1 and 'have changed since the check' in err
+    finally:
+        with h5py.File(scan, 'r+') as f:
+            f['kspace'][middle] = was
     text = (folder / 'record.json').read_text()
     (folder / 'record.json').write_text(text.replace('"volumes": 2', '"volumes": 3'))
     status, _, err = here(home, 'request', 'run', folder)

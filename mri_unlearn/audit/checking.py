@@ -184,6 +184,7 @@ def check_request(
         index=dict(digest=veil.digest(index), volumes=len(index), left_out=left_out),
         network=_network_said(model),
         children=_children(job, veil),
+        oracles=[file_digest(path) for path in job.oracles],
         **dict(level=level, kind=table_kind(splits), plan=_planned(ahead)),
         **dict(job=veil.data(job.public()), follows=_parent(model, job.model), versions=versions()),
     )

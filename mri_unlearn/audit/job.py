@@ -22,6 +22,7 @@ from ..data.loaders import recon_dls
 from ..data.people import Veil
 from ..data.request import ForgetRequest
 from ..data.slices import Targets
+from ..data.stamps import content_stamp
 from ..data.volumes import index_volumes
 from ..machinery.disk import DataError, atomic_path, data_digest, read_json, write_json
 from ..machinery.private import Pseudonyms, key_path, read_key
@@ -185,6 +186,7 @@ def volumes_of_job(
         raise DataError(
             f'none of the {len(index)} volumes has a target (reconstruction_rss): nothing could be measured'
         )
+    usable = usable.assign(content=[content_stamp(path) for path in usable.path])
     usable.attrs = dict(index.attrs)
     return usable if job.unchecked else checked(usable)
 

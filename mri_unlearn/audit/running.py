@@ -184,10 +184,10 @@ def run_request(
     "Carry a request out and judge it, once; goes on where a killed run stopped. `DataError` as the check"
     folder = Path(folder)
     record = read_record(folder)
-    if done := last_entry(record, 'run'):
-        return done
     if state_of(record) == 'finalised':
         raise DataError(f'{folder}: this request is finalised; there is nothing left to run')
+    if done := last_entry(record, 'run'):
+        return done
     private_folder(folder)
     with locked(folder, 'another run of this request'):
         entry, veil = last_entry(record, 'check'), record_veil(key, short=record['key'])

@@ -240,6 +240,11 @@ class Veil(_Tables):
         self,
         index: pd.DataFrame,  # one row a volume
     ) -> str:  # 64 letters
-        "What tells one index from another: people, scans and sizes, whatever their order and place on disk"
-        rows = zip(index.patient_id, index.fname, index.organ, index.slices)
-        return data_digest(sorted([self.of('person', p), self.of('scan', f), str(o), int(n)] for p, f, o, n in rows))
+        """What tells one index from another: people, scans, sizes, and with a column `content` what files hold
+
+        Neither order nor place on disk count."""
+        content = index.content if 'content' in index else [''] * len(index)
+        rows = zip(index.patient_id, index.fname, index.organ, index.slices, content)
+        return data_digest(
+            sorted([self.of('person', p), self.of('scan', f), str(o), int(n), c] for p, f, o, n, c in rows)
+        )
