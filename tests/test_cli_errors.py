@@ -183,6 +183,8 @@ def test_full_disk(scans, tmp_path, argv, result):
         'config.json',
         'volumes.csv',
         'reconstruction.json',
+        '.lock',
+        '.private',
     )  # written before the disk was full
     left = [p for p in tmp_path.rglob('*') if p.is_file() and p.name not in whole]
     assert not left, 'a partial file stayed'

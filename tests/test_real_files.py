@@ -641,7 +641,8 @@ def test_cache_of_another_version_is_not_read(kept, opened, monkeypatch):
 
 def test_cache_is_text_for_its_owner(kept, cache):
     [file] = cache.iterdir()
-    assert isinstance(json.loads(file.read_text().split('\n')[1]), dict)
+    first, root, rows = file.read_text().split('\n', 2)
+    assert json.loads(root) == str(kept) and isinstance(json.loads(rows), dict)
     if os.name == 'posix':
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert not [p for p in kept.rglob('*') if p.is_file() and p.suffix != '.h5']  # and nothing beside the data

@@ -22,7 +22,7 @@ from mri_unlearn.audit.job import (
 from .measure import judged
 from .record import add_entry, last_entry, read_record, state_of
 from .running import scored
-from ..data.volumes import cache_folder
+from ..data.cache import empty_cache
 from ..experiment.surroundings import versions
 from ..machinery.disk import DataError, file_digest, read_csv, read_json
 from ..machinery.private import locked
@@ -217,10 +217,8 @@ def finalise_request(
         _is_result(folder, job, last_entry(record, 'run'))
         left = _left(job, check, veil)
         deleted = _deleted(folder, ('before.pt', 'done.json', 'figures/forgotten_*.png'))
-        tables = sorted(cache_folder().glob('index-*.json'))
-        for table in tables:
-            table.unlink(missing_ok=True)
-        deleted += [dict(what=f'{len(tables)} tables in the cache of the index', state='deleted')] * bool(tables)
+        tables, _ = empty_cache()
+        deleted += [dict(what=f'{tables} tables in the cache of the index', state='deleted')] * bool(tables)
         entry = add_entry(folder, 'finalise', 'finalised', deleted=deleted, left=left, versions=versions())
         forget_places(record['request'], key)
     return entry

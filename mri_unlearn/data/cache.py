@@ -38,9 +38,18 @@ def _of_use(file):
     return there and time.time() - file.stat().st_mtime < 30 * 86_400
 
 # %% ../../nbs/20a_data.cache.ipynb #58ce12b8
+def _kept_files():
+    "All tables, and what is half written"
+    try:
+        folder = cache_folder()
+    except RuntimeError:  # a user without a home: nothing is kept
+        return []
+    return [*folder.glob('index-*.json'), *folder.glob('.index-*')]
+
+
 def sweep():
     "Remove tables that are of no use, and what was left half written a day ago: they name patients"
-    for file in [*cache_folder().glob('index-*.json'), *cache_folder().glob('.index-*')]:
+    for file in _kept_files():
         try:
             if file.is_file() and not (
                 _of_use(file) if file.name[0] != '.' else time.time() - file.stat().st_mtime < 86_400
@@ -52,7 +61,7 @@ def sweep():
 
 def empty_cache() -> tuple:  # (tables, bytes)
     "Remove all kept tables; they are made again when a folder is indexed"
-    files = [*cache_folder().glob('index-*.json'), *cache_folder().glob('.index-*')]
+    files = _kept_files()
     size = sum(file.stat().st_size for file in files)
     for file in files:
         file.unlink(missing_ok=True)
