@@ -60,7 +60,7 @@ def record_schema() -> dict:
         verb=dict(enum=list(VERBS)),
         at=dict(type='string', pattern=r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$'),
         state=dict(enum=list(STATES)),
-        previous=dict(type='string', pattern='^([0-9a-f]{64})?$'),
+        previous=_DIGEST,
         digest=_DIGEST,
         versions=dict(type='object'),
     )
@@ -79,6 +79,11 @@ def now() -> str:  # '2024-05-01T12:00:00Z'
     return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
 
 
+def _begun(record):
+    "What the first entry holds in place of the digest of one before: that of what stands above all entries"
+    return data_digest({name: record.get(name) for name in ('schema', 'request', 'key')})
+
+
 def _entry_digest(entry):
     return data_digest({name: value for name, value in entry.items() if name != 'digest'})
 
@@ -95,7 +100,7 @@ def read_record(
     found = read_json(path)
     if found.get('schema') != SCHEMA_NAME:
         raise DataError(f'{path}: expected the schema {SCHEMA_NAME}, found {found.get("schema")!r:.80}')
-    previous, entries = '', found.get('entries')
+    previous, entries = _begun(found), found.get('entries')
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise DataError(f'{path}: damaged, it holds no entries')
     for number, entry in enumerate(entries, 1):
@@ -121,7 +126,7 @@ def add_entry(
         record = read_record(folder)
     else:
         record = dict(schema=SCHEMA_NAME, request=secrets.token_hex(8), key=key, entries=[])
-    previous = record['entries'][-1]['digest'] if record['entries'] else ''
+    previous = record['entries'][-1]['digest'] if record['entries'] else _begun(record)
     entry = dict(verb=verb, at=now(), state=state, previous=previous) | fields
     entry['digest'] = _entry_digest(entry)
     write_json(path, record | dict(entries=[*record['entries'], entry]))
