@@ -124,7 +124,7 @@ def one(home):
 def test_from_the_letter_to_the_record(home, one):
     (checked, plan), (status, done) = one
     assert checked == 0 and status in (0, 3, 4, 5)
-    assert 'matched: 2 scans of 1 people, 2 of them in training' in plan and 'level to end at: memory' in plan
+    assert 'matched: 2 scans of 1 person, 2 of them in training' in plan and 'level to end at: memory' in plan
     record = read_record(home / 'requests/one')
     jsonschema.validate(record, record_schema())
     assert [e['verb'] for e in record['entries']] == ['check', 'run']
@@ -199,7 +199,7 @@ def test_one_process_at_a_time(home, one):
 def test_a_second_letter_does_not_bring_the_first_back(home, one):
     words = ['request', 'check', '--model', 'requests/one/unlearned.pt', '--data', 'scans', '--out', 'requests/two']
     status, out, err = here(home, *words, '--forget', f"patient_id == '{patient(4)}'")
-    assert status == 0 and 'was made to forget 1 people before' in out, err
+    assert status == 0 and 'was made to forget 1 person before' in out, err
     assert here(home, 'request', 'run', 'requests/two')[0] in (0, 3, 4, 5)
     first, second = (read_record(home / 'requests' / name) for name in ('one', 'two'))
     assert second['entries'][0]['follows'] in {e['digest'] for e in first['entries']}

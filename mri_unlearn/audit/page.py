@@ -19,6 +19,7 @@ from .job import Job
 from .record import last_entry, read_record, state_of
 from ..experiment.dryrun import duration
 from ..experiment.outlook import KIND_IN_WORDS
+from ..machinery.text import counted
 from ..machinery.disk import atomic_path
 from ..machinery.pictures import COLOURS, CSS_DPI, DPI, new_axes
 from ..show.figures import save_figure
@@ -148,7 +149,7 @@ _CAPTIONS = {
 
 
 def _people(n):
-    return f'{n} {"person" if n == 1 else "people"}'
+    return counted(n, 'person', 'people')
 
 
 def _db(value):

@@ -23,7 +23,9 @@ class Defaults(argparse.RawDescriptionHelpFormatter):
     "Says what holds where an option is not given, unless its help does"
 
     def _get_help_string(self, action):
-        unsaid = action.default is None or action.default in (argparse.SUPPRESS, []) or isinstance(action.default, bool)
+        unsaid = (
+            action.default is None or action.default in (argparse.SUPPRESS, [], '') or isinstance(action.default, bool)
+        )
         said = action.help or ''
         return said if unsaid or 'default' in said else f'{said}; default: {action.default}'
 

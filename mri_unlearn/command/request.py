@@ -26,6 +26,7 @@ from mri_unlearn.command.options import (
 )
 from ..experiment.settings import ACCELERATION, LOSSES, MASKS, WORKERS
 from ..machinery.ranges import COUNT, RATE, SEED, SHARE, Number
+from ..machinery.text import counted
 
 # %% ../../nbs/93a_command.request.ipynb #df285c78
 def job_asked(
@@ -58,18 +59,19 @@ def _counts(entry):
     asked, matched = entry['asked'], entry['matched']
     names = f' ({asked["lines"]} names in the list)' if asked['lines'] else ''
     yield f'asked for: {asked["query"]}{names}'
-    people = len(matched['people'])
-    yield f'matched: {matched["volumes"]} scans of {people} people, {matched["training"]} of them in training'
+    people = counted(len(matched['people']), 'person', 'people')
+    yield f'matched: {counted(matched["volumes"], "scan")} of {people}, {matched["training"]} of them in training'
     yield f'match nothing: {_few_names(asked["missing"])}'
     otherwise = 'taken though spelled otherwise' if asked['lines'] else 'spelled almost alike, and not taken'
     yield f'{otherwise}: {_few_names(asked["ambiguous"])}'
     for side, n in matched['sides'].items():
-        yield f'  {side}: {n["people"]} people, {n["volumes"]} scans, {n["slices"]} slices'
+        sizes = counted(n['people'], 'person', 'people'), counted(n['volumes'], 'scan'), counted(n['slices'], 'slice')
+        yield f'  {side}: {", ".join(sizes)}'
     before = entry['network']['forgotten_before']
     if before:
-        yield f'the network was made to forget {before} people before; they stay out'
+        yield f'the network was made to forget {counted(before, "person", "people")} before; they stay out'
 
-
+# %% ../../nbs/93a_command.request.ipynb #0de70a8c
 def check_said(
     entry: dict,  # of the record
 ) -> str:  # several lines
@@ -284,7 +286,8 @@ def _add_folder(p, *places):
     for name in places:
         many = dict(nargs='+', action='extend') if name != 'model' else {}
         where = f'{said[name]}, where they do not lie where they lay at the check'
-        p.add_argument(f'--{name}', type=file_name, metavar='PATH', help=where, **many)
+        names = ['--oracle', '--oracles'] if name == 'oracles' else [f'--{name}']
+        p.add_argument(*names, dest=name, type=file_name, metavar='PATH', help=where, **many)
 
 # %% ../../nbs/93a_command.request.ipynb #cae296ad
 def add_commands(

@@ -18,6 +18,7 @@ from torch import nn
 from ..data.meta import alike
 from ..data.people import Veil
 from ..machinery.disk import DataError
+from ..machinery.text import counted
 from ..machinery.private import Pseudonyms, key_path, read_key
 from .checkpoint import LINEAGE
 
@@ -116,7 +117,8 @@ def kept_out(
         return volumes
     people = volumes.patient_id[hit].nunique()
     warnings.warn(
-        f'{int(hit.sum())} volumes of {people} people are left out: this network was made to forget them before',
+        f'{counted(int(hit.sum()), "volume")} of {counted(people, "person", "people")} left out: this network was '
+        'made to forget them before',
         stacklevel=3,
     )
     return volumes.assign(split=volumes.split.mask(hit, 'forgotten'))
