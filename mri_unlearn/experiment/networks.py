@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINED_ON', 'SCORED', 'input_kind', 'mask_of', 'in_precision', 'new_network', 'scoring_loader', 'kept_bytes',
-           'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'training_seed', 'train_network',
-           'run_network', 'write_images', 'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan',
-           'unlearning_seed', 'steps_of', 'unlearned_learner', 'run_method']
+           'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'training_seed', 'train_on',
+           'train_network', 'run_network', 'write_images', 'agree_with_oracles', 'score_network', 'used_fraction',
+           'unlearning_plan', 'unlearning_seed', 'steps_of', 'unlearned_learner', 'run_method']
 
 # %% ../../nbs/77_experiment.networks.ipynb #09bbcee0
 import pandas as pd
@@ -148,23 +148,22 @@ def training_seed(
     return settings.seed + {'original': 0, 'oracle': 1000 * (network.seed + 1)}.get(network.kind, 500)
 
 # %% ../../nbs/77_experiment.networks.ipynb #9164cfb8
-def train_network(
+def train_on(
     run: Run,  # where weights and record go
+    name: str,  # of the stage
     settings: Settings,  # of the run
-    network: NetworkName,  # kind is one of `TRAINED_ON`
-    splits: pd.DataFrame,  # volumes with their column `split`
+    rows: pd.DataFrame,  # volumes to train on
+    seed: int,  # of the weights and of the order of the slices
     progress,  # with say(text) and step(slices)
-    title: str = '',  # in front of what the progress bar says
+    said: str,  # what the progress bar says
 ):
-    "Train a network from scratch, unless that was done already"
-    name, t = network.stage, settings.training
-    meter, resume = WorkMeter(), Resume(run.state(name))
+    "Train a network from scratch on some volumes, unless that was done already"
+    t, meter, resume = settings.training, WorkMeter(), Resume(run.state(name))
     if run.done(name):
         return resume.finish()
-    rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], training_seed(settings, network)
     about = dict(num_workers=settings.data.num_workers, input=input_kind(settings))
     dls = recon_dls(rows, rows.head(1), mask_of(settings), bs=t.bs, seed=seed, **about)
-    cbs = [meter, SkipValidation(), Tick(progress, f'{title}train {network.label}'), resume]
+    cbs = [meter, SkipValidation(), Tick(progress, said), resume]
     if t.clip:
         cbs.append(GradientClip(t.clip))
     learn = recon_learner(dls, new_network(settings, seed), loss=t.loss, cbs=cbs)
@@ -174,6 +173,19 @@ def train_network(
     work = dict(slices=meter.slices, seconds=meter.seconds, volumes=len(rows), train_loss=resume.losses)
     run.finish(name, [run.model(name)], **work)
     resume.finish()
+
+
+def train_network(
+    run: Run,  # where weights and record go
+    settings: Settings,  # of the run
+    network: NetworkName,  # kind is one of `TRAINED_ON`
+    splits: pd.DataFrame,  # volumes with their column `split`
+    progress,  # with say(text) and step(slices)
+    title: str = '',  # in front of what the progress bar says
+):
+    "Train a network of a run from scratch, unless that was done already"
+    rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], training_seed(settings, network)
+    train_on(run, network.stage, settings, rows, seed, progress, f'{title}train {network.label}')
 
 # %% ../../nbs/77_experiment.networks.ipynb #e523d3d1
 def run_network(
@@ -295,6 +307,7 @@ def unlearned_learner(
     network: NetworkName,  # method, fraction and seed
     splits: pd.DataFrame,  # volumes with their column `split`
     cbs=(),  # further callbacks
+    start: str = 'original',  # stage that trained the network it starts from
 ):  # Learner
     """Let a method with its settings work on the Original of a run
 
@@ -303,7 +316,7 @@ def unlearned_learner(
     u, train, held_out = settings.unlearning, splits[splits.split.str.endswith('train')], splits.split == 'retain_test'
     about = dict(seed=settings.seed, num_workers=settings.data.num_workers, input=input_kind(settings))
     dls = recon_dls(train, train.head(1), mask_of(settings), **about)
-    original = recon_learner(dls, run_network(run, settings, 'original'), loss=settings.training.loss)
+    original = recon_learner(dls, run_network(run, settings, start), loss=settings.training.loss)
     budget = dict(
         rounds=u.rounds, steps=steps_of(settings, splits), bs=u.bs, clip=u.clip, seed=unlearning_seed(settings, network)
     )

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Forgotten', 'forgotten_in', 'forgotten_by', 'mark_forgotten', 'out_of_reach', 'kept_out', 'sign_lineage',
-           'lineage_text', 'read_lineage', 'KeepOut']
+           'lineage_text', 'read_lineage', 'KeepOut', 'attackers_copy']
 
 # %% ../../nbs/37a_network.lineage.ipynb #0c095d49
 import json
 import warnings
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
@@ -180,3 +181,12 @@ class KeepOut(Callback):
                 f'forget ({known.path[hit].iloc[0]}, …): training on them would bring them back. Leave them out: '
                 'volumes[~out_of_reach(model, volumes)]'
             )
+
+# %% ../../nbs/37a_network.lineage.ipynb #3c1ac893
+def attackers_copy(
+    model,  # a network
+):  # a deep copy of it that may be trained on anything; it is never to be saved
+    "What somebody would hold who strips a network of the list of what it has forgotten"
+    copy = deepcopy(model)
+    setattr(_bare(copy), LINEAGE, [])
+    return copy
