@@ -91,10 +91,14 @@ from .unlearn.method_checks import *
 # %% ../nbs/99_all.ipynb #0b61505d
 from .verdict.names import *
 from .verdict.evaluate import *
+from .verdict.traces import *
 from .verdict.reconstruct import *
 from .verdict.equivalence import *
 from .verdict.table import *
 from .verdict.checks import *
+from .verdict.privacy import *
+from .verdict.shadows import *
+from .verdict.relearning import *
 from .verdict.hallucination import *
 from .verdict.planted import *
 

@@ -25,13 +25,13 @@ from mri_unlearn.command.options import (
     table_text,
 )
 from .outputs import must_be_folder
-from ..experiment.settings import BUDGET, WORKERS
+from ..experiment.settings import BUDGET, SHADOWS, WORKERS
 from ..machinery.ranges import COUNT, SEED
 
 # %% ../../nbs/93_command.experiment.ipynb #7c094816
 SETTINGS = (
     'seed model epochs oracle_seeds methods rounds steps budget study_fractions unlearn_seeds hallucination '
-    'limit_volumes num_workers test'
+    'limit_volumes num_workers test shadows attacked'
 ).split()  # options that replace a setting of the same name
 
 
@@ -46,6 +46,8 @@ def protocol_settings(
         reason = ''  # the preset's reason belongs to its own query
     settings = dict(query=args.forget, reason=reason, fraction=args.retain_fraction)
     settings |= {k: getattr(args, k) for k in SETTINGS} | dict(allow_mixed=args.allow_mixed or None)
+    if args.privacy and settings['shadows'] is None:
+        settings['shadows'] = full_settings()['shadows']
     if args.full:
         settings = full_settings() | {k: v for k, v in settings.items() if v is not None}
     if args.method_settings:
@@ -130,7 +132,12 @@ def add_methods(
     p.add_argument('--seeds', dest='unlearn_seeds', type=COUNT, metavar='N', help=seeds)
     planted = 'methods that also face a planted structure, in an experiment of its own; none: leave it out'
     p.add_argument('--hallucination', nargs='*', metavar='METHOD', help=planted)
-    every = 'all methods, three seeds of each, all retain fractions of the paper, five Oracles'
+    p.add_argument('--privacy', action='store_true', help='attack what was forgotten; the same as --shadows 16')
+    halves = 'networks on random halves of the patients, which the attacks rest on; even; 0: no attacks'
+    p.add_argument('--shadows', type=SHADOWS, metavar='N', help=halves)
+    attacked = 'methods that are attacked; the first one on shadows, too'
+    p.add_argument('--attacked', nargs='+', metavar='METHOD', help=attacked)
+    every = 'all methods, three seeds of each, all retain fractions of the paper, five Oracles, attacks'
     p.add_argument('--full', action='store_true', help=every)
     own = 'settings that replace defaults, {"nl_ft": {"lr": 0.001}}; what `mri_unlearn tune` writes'
     p.add_argument('--method-settings', type=file_name, metavar='FILE.json', help=own)

@@ -14,6 +14,7 @@ from ..data.files import read_extras
 from ..data.stamps import content_stamp
 from ..data.volumes import index_volumes
 from .arms import Arm, Work, scoring_work
+from .privacy import privacy_arms
 from .networks import SCORED, mask_of, scoring_loader, trained_networks, unlearning_plan
 from .settings import Settings
 from .records import Run
@@ -280,4 +281,4 @@ def all_arms(
         arms += [PlantedArm.beside(arm), NullSpace(arm)]
     if settings.extras.third and (splits.source == 'anatomy').all():
         arms.append(ThirdOrgan(arm, home))
-    return arms
+    return arms + privacy_arms(arm, Path(home or out) / 'shadows')

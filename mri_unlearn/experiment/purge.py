@@ -100,6 +100,9 @@ def _of_run(folder, weights):
     if (planted / 'stages').is_dir():
         networks = _left_by(Run(planted, folder), '*.json', '.pt')
         parts.append(Part('networks of the planted structure', planted, networks, 'nothing; what they showed is kept'))
+    for bank in visible(folder, 'shadows/*/config.json'):
+        networks = _left_by(Run(bank.parent), 'shadow_*.json', '.pt')
+        parts.append(Part('shadows', bank.parent, networks, 'training them, for attacks on another request'))
     states = [path for path in visible(folder, '**/stages/*.state.pt') if _inside(path, folder)]
     parts.append(Part('states of trainings', folder, states, 'nothing; the trainings are over'))
     halves = [path for path in folder.rglob('.*') if _HALF.fullmatch(path.name) and _inside(path, folder)]

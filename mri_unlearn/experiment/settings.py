@@ -318,5 +318,7 @@ def prepare(
     settings = Settings().replace(**EXPERIMENTS[preset] | network | steps | given)
     _check_lists(settings)
     _check_methods(settings)
+    if settings.extras.shadows % 2:
+        raise DataError(f'shadows come in pairs: expected an even number, found {settings.extras.shadows}')
     check_memory(settings.network)
     return settings

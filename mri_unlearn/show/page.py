@@ -17,7 +17,9 @@ from markupsafe import Markup
 
 from ..machinery.disk import atomic_path
 from . import checks as _checks_of_runs
+from . import exposure as _exposure_of_runs
 from ..machinery.pictures import CSS_DPI, DPI
+from .exposure import EXPOSED_READS, exposure_figures
 from .figures import save_figure
 from .plots import plot_gap_plane, plot_knowledge_matrix, plot_retain_fraction, plot_trace
 from mri_unlearn.show.reading import (
@@ -42,7 +44,7 @@ from mri_unlearn.show.report import (
 from .sections import as_cells, on_these_scans
 
 # %% ../../nbs/74_show.page.ipynb #1ee0eb5e
-_REGISTERED = (_checks_of_runs,)  # its import registers sections
+_REGISTERED = (_checks_of_runs, _exposure_of_runs)  # its import registers sections
 
 
 def _one_seed(trace):
@@ -65,7 +67,7 @@ def _drawn(run, retain_fraction, title):
         figures['trace'] = plot_trace(_one_seed(run.trace), level, retain_fraction, title=title, names=names)
     if has_oracle(run.summary) and (tried.groupby('method').retain_fraction.nunique() > 1).any():
         figures['retain_fraction'] = plot_retain_fraction(with_gaps(run.summary), title, names)
-    return figures
+    return figures | exposure_figures(run.checks)
 
 
 def write_figures(
@@ -73,7 +75,7 @@ def write_figures(
     retain_fraction: float = None,  # 0 to 1, the nearest of each method is shown; None: that of the run's settings
 ) -> list:  # paths written
     "Draw what follows from a run's tables into its folder `figures`; DataError as `read_run`"
-    run = read_run(run_dir)
+    run = read_run(run_dir, EXPOSED_READS)
     title = 'simulated data' if is_simulated(run) else ''
     if retain_fraction is None:
         retain_fraction = (run.config.get('settings') or {}).get('fraction', 0.1)
@@ -188,6 +190,8 @@ _SETTINGS = """<p>Revision of the code: <code>{{ revision or 'not recorded' }}</
 @section('Settings, versions, seeds', after='limits', template=_SETTINGS)
 def _settings(run):
     shown = {name: value for name, value in run.config.items() if name not in ('request', 'git_revision')}
+    if isinstance(shown.get('settings'), dict):  # attacks may be added later; their section says with what
+        shown['settings'] = {k: v for k, v in shown['settings'].items() if k not in ('shadows', 'attacked')}
     return dict(revision=run.config.get('git_revision'), settings=_flat(shown))
 
 # %% ../../nbs/74_show.page.ipynb #5c519681

@@ -8,7 +8,6 @@ __all__ = ['GROUPS', 'WIDEST', 'LEAST_LEAD', 'STATISTICS', 'SENTENCES', 'NO_CERT
            'conformal_p', 'flags', 'fewest_flags', 'largest_epsilon', 'Evidence', 'strongest_sentence']
 
 # %% ../../nbs/60a_verdict.privacy.ipynb #1a40f36c
-import warnings
 from typing import NamedTuple
 
 import numpy as np
