@@ -141,7 +141,7 @@ def plot_relearning(
     axs[0, 0].legend(fontsize=7)
     return fig
 
-# %% ../../nbs/73a_show.exposure.ipynb #89984a5c
+# %% ../../nbs/73a_show.exposure.ipynb #e72312c3
 _EXPOSED = """<p>An attacker who has the network, the scans of a patient, and {{ shadows }} networks that were trained
 on random halves of the patients. A success on either side counts: a network that is worse on a patient than any network
 that never saw him betrays him, too.</p>
@@ -151,8 +151,8 @@ that never saw him betrays him, too.</p>
 <p>All forgotten patients at once, against patients of the same organs that no network saw. <em>Lead</em>: mean
 advantage over what the Oracles make of a patient, beyond that of the others, with the prediction interval of one more
 Oracle.
-The AUC is that of an attacker with the knowledge in the second column.</p>
-{{ t.table(attacks.head, attacks.rows, ['network', 'statistic', 'knows', 'word']) }}
+The AUC is that of an attacker who has Oracles, or shadows, to compare with.</p>
+{{ t.table(attacks.head, attacks.rows, ['network', 'statistic', 'attacker has', 'word']) }}
 <p>Copies that were trained a little further. <em>Area</em>: mean level above that of the Oracles, who went through the
 same.</p>
 {{ t.table(relearned.head, relearned.rows, ['network', 'trained on', 'word']) }}
@@ -195,15 +195,15 @@ def _said_rows(table):
     }
     return as_cells(pd.DataFrame(columns))
 
-# %% ../../nbs/73a_show.exposure.ipynb #7fc68dc7
+# %% ../../nbs/73a_show.exposure.ipynb #c2d8f9c0
 def _attack_cells(table):
     "Attacks on all forgotten patients, as cells"
-    rows = table[table.against == 'kin']
+    rows = table[(table.against == 'kin') & ~table.network.str.startswith(('oracle', 'shadow'))]
     words = dict(error_db='error', added_db='what it adds (no target)', changed_db='what has changed')
     columns = {
         'network': rows.network.map(_label),
         'statistic': rows.statistic.map(words),
-        'knows': rows.knows,
+        'attacker has': rows.knows,
         'AUC': rows.auc.map('{:.2f}'.format),
         '95 %': [f'{a:.2f} to {b:.2f}' for a, b in zip(rows.low, rows.high)],
         "Oracles' AUC": ['' if pd.isna(a) else f'{a:.2f} to {b:.2f}' for a, b in zip(rows.least, rows.most)],
@@ -237,8 +237,8 @@ def _worth_cells(table):
         'AUC': table.auc.map('{:.2f}'.format),
         'found at 10 %': table.found_10.map(_share),
         'found at 1 %': table.found_1.map(_share),
-        'inside': table.inside.astype(int),
-        'outside': table.outside.astype(int),
+        'with the patient': table.inside.astype(int),
+        'without': table.outside.astype(int),
     }
     return as_cells(pd.DataFrame(columns))
 

@@ -158,7 +158,7 @@ def _cost_table(summary):
     return table[[name for name in ('network', 'retain data', 'cost', 'seconds') if name in table]]
 
 
-@section('What it cost', after='checks', template=_COST)
+@section('What it cost', after='exposed', template=_COST)
 def _cost(run):
     return dict(cost=as_cells(_cost_table(run.summary)), oracle=has_oracle(run.summary))
 
@@ -166,8 +166,10 @@ def _cost(run):
 _LIMITS = """<ul>
 <li>This is an empirical check, not a certificate. {% if seeds %}Where a network was found close to the Oracle, it was
 found so on these test volumes; no{% else %}No{% endif %} theorem bounds what its weights still hold.</li>
-<li>No claim about privacy is made. Whether somebody could tell from the network that a given patient was in the
-training data was not tested here, nor how quickly the forgotten data could be learned again.</li>
+{% if attacked %}<li>Attacks with few shadows can miss what attacks with many would find; how much they could have shown
+at most stands beside their results.</li>{% else %}<li>No claim about privacy is made. Whether somebody could tell from
+the network that a given patient was in the training data was not tested here, nor how quickly the forgotten data could
+be learned again (<code>--privacy</code> does).</li>{% endif %}
 <li>Scores hold for the sampling, the anatomy and the scanners tested. PSNR and SSIM are averages: a small structure
 that appears or vanishes hardly moves them.</li>
 <li>{% if seeds > 1 %}The band of the Oracle comes from {{ seeds }} seeds, which is a rough estimate of its spread.
@@ -180,7 +182,8 @@ whether too little or too much was forgotten.{% endif %}</li>
 
 @section('What was not proven', after='cost', template=_LIMITS)
 def _limits(run):
-    return dict(simulated=is_simulated(run), seeds=int(run.summary.model.eq('oracle').sum()))
+    attacked = run.checks.get('privacy') is not None
+    return dict(simulated=is_simulated(run), seeds=int(run.summary.model.eq('oracle').sum()), attacked=attacked)
 
 # %% ../../nbs/74_show.page.ipynb #836098b6
 _SETTINGS = """<p>Revision of the code: <code>{{ revision or 'not recorded' }}</code>. Everything that was set:</p>
