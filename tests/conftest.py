@@ -56,6 +56,16 @@ def cache_of_the_index(tmp_path_factory):
     os.environ['MRI_UNLEARN_KEY'] = str(tmp_path_factory.mktemp('key') / 'pseudonyms.key')
 
 
+@pytest.fixture(scope='session')
+def tiny_scans(tmp_path_factory):
+    "The data set `tiny`, which takes seconds to simulate; no test may change it: copy it with `shutil.copytree`"
+    from mri_unlearn.phantom.simulate import simulate_dataset
+
+    folder = tmp_path_factory.mktemp('simulated') / 'tiny'
+    simulate_dataset(folder, 'tiny', progress=False)
+    return folder
+
+
 @pytest.fixture
 def project(tmp_path):
     "A copy of the project in a temporary folder"

@@ -13,15 +13,14 @@ import pytest
 from conftest import command_here
 
 from mri_unlearn.network.weights import new_unet, save_weights
-from mri_unlearn.phantom.simulate import simulate_dataset
 
 KNEE = "organ == 'knee'"
 
 
 @pytest.fixture(scope='module')
-def scans(tmp_path_factory):
+def scans(tiny_scans, tmp_path_factory):
     folder = tmp_path_factory.mktemp('scans') / 'data'
-    simulate_dataset(folder, 'tiny', progress=False)
+    shutil.copytree(tiny_scans, folder)
     save_weights(new_unet(0, chans=4, num_pool_layers=2), folder.parent / 'net.pt')
     return folder
 
