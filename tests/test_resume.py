@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from conftest import Started, command_here
 
-ARGS = '--preset tiny --epochs 1 --limit-volumes 2 --methods sub_ft nl_ft'.split()
+ARGS = '--preset tiny --epochs 1 --methods sub_ft nl_ft'.split()
 # what must exist before the next blow falls: while simulating, training, unlearning, scoring, and drawing
 KILLS = [
     'data/multicoil_train/*.h5',
+    'data/multicoil_val/*.h5',
     'models/oracle_s0.pt',
     'stages/unlearned_sub_ft_50pc_s0.json',
     'stages/oracle_s0/*.h5',
@@ -36,7 +37,7 @@ def kill_when(out, pattern):
     while not list(out.glob(pattern)):
         assert process.status() is None, f'ended before {pattern} appeared: {process.said()}'
         assert time.time() < give_up, f'{pattern} did not appear'
-        time.sleep(0.02)
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     if not process.all_ended(timeout=60):
         os.killpg(process.pid, signal.SIGKILL)
