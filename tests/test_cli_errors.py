@@ -1,30 +1,32 @@
-"""The command in a process of its own: bad input gives one clear line, a status other than 0, and harms nothing."""
+"""The command: bad input gives one clear line, a status other than 0, and harms nothing."""
 
 import re
 import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import h5py
 import numpy as np
 import pytest
+from conftest import command_here
 
 from mri_unlearn.network.weights import new_unet, save_weights
-from mri_unlearn.phantom.simulate import simulate_dataset
 
 KNEE = "organ == 'knee'"
 
 
 @pytest.fixture(scope='module')
-def scans(tmp_path_factory):
+def scans(tiny_scans, tmp_path_factory):
     folder = tmp_path_factory.mktemp('scans') / 'data'
-    simulate_dataset(folder, 'tiny', progress=False)
+    shutil.copytree(tiny_scans, folder)
     save_weights(new_unet(0, chans=4, num_pool_layers=2), folder.parent / 'net.pt')
     return folder
 
 
-def command(*argv, **kwargs):
+def process(*argv, **kwargs):
+    "The command in a process of its own, as a shell starts it"
     return subprocess.run(
         [sys.executable, '-m', 'mri_unlearn.cli', *map(str, argv)],
         capture_output=True,
@@ -34,8 +36,8 @@ def command(*argv, **kwargs):
     )
 
 
-def fails(contains, *argv, **kwargs):
-    p = command(*argv, **kwargs)
+def fails(contains, *argv, run=command_here):
+    p = run(*argv)
     assert p.returncode == 1, (p.returncode, p.stderr)
     assert 'Traceback' not in p.stderr
     lines = p.stderr.strip().splitlines()
@@ -90,7 +92,7 @@ def test_a_damaged_file_is_left_out_and_named(scans, tmp_path):
     copy, path = damage(scans, tmp_path, cut)
     n = len(list(copy.rglob('*.h5')))
     for argv, rows in ((['index'], n - 1), (['evaluate', '--zero-filled', '--out', tmp_path / 'scores.csv'], n - 1)):
-        p = command(*argv, '--data', copy)
+        p = process(*argv, '--data', copy)
         assert p.returncode == 0, p.stderr
         assert p.stderr.startswith('warning: ') and path.name in p.stderr and f'of {n} files' in p.stderr
         assert path.name not in p.stdout
@@ -176,7 +178,8 @@ def test_full_disk(scans, tmp_path, argv, result):
     if argv[0] in ('unlearn', 'reconstruct'):
         save_weights(new_unet(0, chans=8, num_pool_layers=2), tmp_path / 'in.pt')
         model = ['--model', tmp_path / 'in.pt']
-    fails('could not write', *argv, *data, *model, '--out', tmp_path / result, preexec_fn=full_disk)
+    full = partial(process, preexec_fn=full_disk)
+    fails('could not write', *argv, *data, *model, '--out', tmp_path / result, run=full)
     whole = (
         'in.pt',
         'simulation.json',
@@ -191,11 +194,12 @@ def test_full_disk(scans, tmp_path, argv, result):
 
 
 def test_traceback_only_when_asked_for(tmp_path):
-    assert 'Traceback' in command('index', '--data', tmp_path / 'nowhere', '--debug').stderr
-    assert 'Traceback' in command('--debug', 'index', '--data', tmp_path / 'nowhere').stderr
+    assert 'Traceback' in process('index', '--data', tmp_path / 'nowhere', '--debug').stderr
+    assert 'Traceback' in process('--debug', 'index', '--data', tmp_path / 'nowhere').stderr
+    fails('nowhere', 'index', '--data', tmp_path / 'nowhere', run=process)
 
 
 def test_help_and_version():
-    assert command('--help').returncode == 0
-    assert command('--version').stdout.strip()
-    assert command('fly').returncode == 2
+    assert process('--help').returncode == 0
+    assert process('--version').stdout.strip()
+    assert process('fly').returncode == 2

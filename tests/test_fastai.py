@@ -17,20 +17,18 @@ from torch import nn
 
 from mri_unlearn.data.loaders import recon_dls
 from mri_unlearn.data.request import ForgetRequest
+from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.machinery.disk import DataError
 from mri_unlearn.network.learner import recon_learner
 from mri_unlearn.network.weights import new_unet
-from mri_unlearn.phantom.simulate import simulate_dataset
 from mri_unlearn.unlearn.core import unlearn
 
 matplotlib.use('Agg')
 
 
 @pytest.fixture(scope='module')
-def sides(tmp_path_factory):
-    splits = ForgetRequest("organ == 'knee'").split(
-        simulate_dataset(tmp_path_factory.mktemp('d') / 'data', 'tiny', progress=False)
-    )
+def sides(tiny_scans):
+    splits = ForgetRequest("organ == 'knee'").split(index_volumes(tiny_scans, cache=False))
     return splits[splits.split.str.endswith('train')], splits[splits.split.str.endswith('test')]
 
 

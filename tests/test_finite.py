@@ -1,21 +1,21 @@
 """The command stops at what is not finite, says which file it was, and leaves good results as they are."""
 
 import functools
+import shutil
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from test_cli_errors import command, fails
+from conftest import command_here
+from test_cli_errors import fails
 
 from mri_unlearn.network.weights import new_unet, new_varnet, save_weights
-from mri_unlearn.phantom.simulate import simulate_dataset
 
 
 @pytest.fixture
-def scans(tmp_path):
-    simulate_dataset(tmp_path / 'data', 'tiny', progress=False)
-    return tmp_path / 'data'
+def scans(tiny_scans, tmp_path):
+    return shutil.copytree(tiny_scans, tmp_path / 'data')
 
 
 def hole(path, name='kspace', value=np.nan):
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_lightning_and_hydra_is_scored(scans, tmp_path):
     state = {f'net.{name}': weight for name, weight in net.state_dict().items()}
     torch.save(dict(state_dict=state, hyper_parameters=hyper, epoch=49), tmp_path / 'epoch_049.ckpt')
     save_weights(net, tmp_path / 'plain.pt')
-    p = command('evaluate', '--data', scans, '--model', tmp_path / 'epoch_049.ckpt', tmp_path / 'plain.pt')
+    p = command_here('evaluate', '--data', scans, '--model', tmp_path / 'epoch_049.ckpt', tmp_path / 'plain.pt')
     assert p.returncode == 0, p.stderr
     scores = {line.split()[0]: line.split()[1:] for line in p.stdout.splitlines()[1:] if 'brain' in line}
     assert scores['epoch_049'] == scores['plain']

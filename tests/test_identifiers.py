@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import stat
-import subprocess
-import sys
 import zipfile
 import zlib
 from urllib.parse import quote
@@ -16,6 +14,7 @@ from urllib.parse import quote
 import h5py
 import pandas as pd
 import pytest
+from conftest import Started
 
 from mri_unlearn.cli import main
 from mri_unlearn.data.volumes import index_volumes
@@ -129,8 +128,7 @@ def runs(scans, tmp_path_factory):
     words = ['--preset', 'tiny', '--data', str(scans), '--forget', asked['query'], '--reason', asked['reason']]
     words += '--epochs 1 --rounds 1 --steps 2 --oracle-seeds 2 --jobs 1 --limit-volumes 3 --unchecked'.split()
     words += '--methods sub_ft proxy --hallucination sub_ft --study-fractions'.split()
-    command = [sys.executable, '-m', 'mri_unlearn.cli', 'protocol', *words]
-    done = subprocess.run([*command, '--out', str(folder / 'veiled')], capture_output=True, text=True)
+    done = Started(folder, 'protocol', *words, '--out', folder / 'veiled').finish()
     assert done.returncode == 0, done.stderr
     run_protocol('tiny', folder / 'named', scans, identifiers=True, forgotten_pictures=True, **FEW, **asked)
     return folder, done, words

@@ -20,7 +20,10 @@ FEW = dict(
     study_fractions=(1.0,),
     unlearn_seeds=2,
     hallucination=('nl_ft', 'proxy'),
-    third=3,
+    third=2,
+    limit_volumes=4,
+    chans=4,
+    pools=2,
     method_settings={'nl_ft': {'lr': 5e-4, 'lam': 0.1}},
 )
 

@@ -8,16 +8,14 @@ twice as likely as a usual one; so it is with another seed of the proxies as wel
 import json
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from conftest import command_here
 
 from mri_unlearn.network.learner import WorkMeter
 from mri_unlearn.network.weights import load_network
-from mri_unlearn.phantom.simulate import simulate_dataset
 from mri_unlearn.unlearn.by_hand import largest_change
 from mri_unlearn.unlearn.core import unlearn
 from mri_unlearn.unlearn.method_checks import count_passes, nothing_to_forget, snapshot, things_held
@@ -28,18 +26,14 @@ STRANGER = 'k0003'
 DOUBTFUL = 'warning: the level to end at is doubtful: '
 
 
-def command(*argv, **kwargs):
-    words = [sys.executable, '-m', 'mri_unlearn.cli', *map(str, argv)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, **kwargs)
-
-
 @pytest.fixture(scope='module')
-def home(tmp_path_factory):
+def home(tiny_scans, tmp_path_factory):
     "A folder with scans, and a network that was trained without one of the training patients"
     home = tmp_path_factory.mktemp('home')
-    simulate_dataset(home / 'scans', 'tiny', progress=False)
+    shutil.copytree(tiny_scans, home / 'scans')
     size = '--chans 4 --pools 2 --epochs 90 --lr 5e-3 --batch-size 8 --clip none'.split()
-    p = command('train', '--data', 'scans', *size, '--only', f"patient_id != '{STRANGER}'", '--out', 'net.pt', cwd=home)
+    few = ['--only', f"patient_id != '{STRANGER}'"]
+    p = command_here('train', '--data', 'scans', *size, *few, '--out', 'net.pt', cwd=home)
     assert p.returncode == 0, p.stderr
     return home
 
@@ -47,9 +41,8 @@ def home(tmp_path_factory):
 def ask(home, *more, query=f"patient_id == '{STRANGER}'", data='scans', out='out.pt'):
     "`unlearn` of a request, with all that stays at hand"
     how = '--retain-fraction 1 --steps 16 --seed 1'.split()
-    return command(
-        'unlearn', '--data', data, '--model', 'net.pt', '--forget', query, *how, *more, '--out', out, cwd=home
-    )
+    files = ['--data', data, '--model', 'net.pt', '--out', out]
+    return command_here('unlearn', *files, '--forget', query, *how, *more, cwd=home)
 
 
 def files(home):

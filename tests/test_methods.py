@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pandas as pd
 import pytest
@@ -29,8 +30,9 @@ NETWORKS = {
 
 @pytest.fixture(scope='module')
 def loaders(tmp_path_factory):
-    "What the network takes -> loaders of the smallest simulated data set"
-    splits = REQUEST.split(simulate_dataset(tmp_path_factory.mktemp('data'), 'tiny', seed=0, progress=False))
+    "What the network takes -> loaders of small scans of two brains and two knees"
+    size = dict(patients=(2, 1), slices=2, recon=32, coils=2, workers=1)
+    splits = REQUEST.split(simulate_dataset(tmp_path_factory.mktemp('data'), 'tiny', seed=0, progress=False, **size))
     train = splits.split.str.endswith('train')
     return {kind: recon_dls(splits[train], splits[~train], bs=2, device='cpu', input=kind) for kind in NETWORKS}
 
@@ -46,14 +48,24 @@ class Compiled(nn.Module):
         return self._orig_mod(*x)
 
 
+@pytest.fixture(scope='module')
+def unlearned(loaders):
+    "`unlearned(kind, wrap, name)` is a network that was wrapped, and then unlearned by a method; each is made once"
+
+    @cache
+    def unlearned(kind, wrap, name, **settings):
+        model = NETWORKS[kind]() if wrap is None else wrap(NETWORKS[kind]())
+        few = dict(rounds=1, steps=4, bs=2)
+        return unlearn(recon_learner(loaders[kind], model), REQUEST, name, 0.5, **few, **settings).model
+
+    return unlearned
+
+
 @pytest.mark.parametrize('kind', NETWORKS)
 @pytest.mark.parametrize('wrap', [nn.DataParallel, Compiled])
 @pytest.mark.parametrize('name, settings', [('proxy', {}), ('encoder_match', {}), ('reset_ft', dict(which='decoder'))])
-def test_a_wrapped_network_ends_with_the_same_weights(loaders, kind, wrap, name, settings):
-    plain, wrapped = (
-        unlearn(recon_learner(loaders[kind], model), REQUEST, name, 0.5, rounds=1, steps=4, bs=2, **settings).model
-        for model in (NETWORKS[kind](), wrap(NETWORKS[kind]()))
-    )
+def test_a_wrapped_network_ends_with_the_same_weights(unlearned, kind, wrap, name, settings):
+    plain, wrapped = (unlearned(kind, w, name, **settings) for w in (None, wrap))
     assert type(wrapped) is wrap
     for (key, p), q in zip(unwrapped(wrapped).named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q), key
@@ -173,7 +185,7 @@ def test_an_installed_method_unlearns(outside, loaders, tmp_path):
     assert pids == {me} and (tmp_path / 'unlearned.pt').is_file()
 
 
-FEW = ['--epochs', 1, '--rounds', 1, '--steps', 1, '--oracle-seeds', 2, '--retain-fractions']
+FEW = ['--epochs', 1, '--rounds', 1, '--steps', 1, '--oracle-seeds', 2, '--limit-volumes', 2, '--retain-fractions']
 
 
 def test_an_installed_method_stands_in_the_tables_of_a_protocol(outside, tmp_path):
@@ -189,8 +201,9 @@ import json, sys
 from mri_unlearn.experiment.tuning import tune
 
 if __name__ == '__main__':
+    few = dict(epochs=1, rounds=1, steps=1, limit_volumes=2, chans=4, pools=2)
     trials = {name: [{'lr': 1e-3}, {'lr': 1e-4}] for name in ('sub_ft', 'somebodys_ft')}
-    table = tune('tuned', 'tiny', trials=trials, epochs=1, rounds=1, steps=1, show=False, jobs=2)
+    table = tune('tuned', 'tiny', trials=trials, show=False, jobs=2, **few)
     print(json.dumps(sorted(table.method)))
 """
 

@@ -2,13 +2,13 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
 
 from mri_unlearn.command.networks import add_commands
 from mri_unlearn.machinery.disk import DataError
-from mri_unlearn.phantom.simulate import simulate_dataset
 
 KNEE = "organ == 'knee'"
 NETS = """
@@ -44,9 +44,9 @@ OWN = ['--network', 'nets_of_a_test:Tiny', '--network-args', '{"chans": 3}', '--
 
 
 @pytest.fixture(scope='module')
-def home(tmp_path_factory):
+def home(tiny_scans, tmp_path_factory):
     home = tmp_path_factory.mktemp('home')
-    simulate_dataset(home / 'scans', 'tiny', progress=False)
+    shutil.copytree(tiny_scans, home / 'scans')
     (home / 'nets_of_a_test.py').write_text(NETS)
     return home
 

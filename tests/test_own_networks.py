@@ -11,19 +11,19 @@ from torch import nn
 
 from mri_unlearn.data.loaders import recon_dls
 from mri_unlearn.data.slices import Targets
+from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.machinery.disk import DataError
 from mri_unlearn.network.adapter import Adapter, adapted, check_network, own_network
 from mri_unlearn.network.learner import SkipValidation, recon_learner, to_image
 from mri_unlearn.network.own_weights import load_weights
 from mri_unlearn.network.weights import Wrapper, input_of, new_unet, new_varnet, save_weights, seeded, unwrapped
-from mri_unlearn.phantom.simulate import simulate_dataset
 from mri_unlearn.unlearn.core import unlearn
 from mri_unlearn.verdict.evaluate import evaluate
 
 
 @pytest.fixture(scope='module')
-def index(tmp_path_factory):
-    return simulate_dataset(tmp_path_factory.mktemp('scans'), preset='tiny', seed=0, progress=False, workers=1)
+def index(tiny_scans):
+    return index_volumes(tiny_scans, cache=False)
 
 
 @pytest.fixture(scope='module')

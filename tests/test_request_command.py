@@ -14,8 +14,9 @@ from dataclasses import replace
 import h5py
 import jsonschema
 import pytest
+from conftest import Started
 from test_identifiers import WORD, leaks, rename
-from test_request_safety import COMMAND, files, here
+from test_request_safety import files, here
 
 from mri_unlearn.audit.job import Job
 from mri_unlearn.audit.page import _again
@@ -106,16 +107,12 @@ def asked(number=3, out='requests/one', *more):
     ] + (['--forget', f"patient_id == '{patient(number)}'"] if number else [])
 
 
-def process(home, *words, **how):
-    return subprocess.run([*COMMAND, *map(str, words)], cwd=home, capture_output=True, text=True, timeout=300, **how)
-
-
 @pytest.fixture(scope='module')
 def one(home):
     "A request, carried out by processes of their own; what they printed"
     said = []
     for words in (asked(3, 'requests/one', '--reason', f'letter of {patient(3)}'), ['request', 'run', 'requests/one']):
-        p = process(home, *words)
+        p = Started(home, *words, cwd=home).finish(timeout=300)
         assert 'error' not in p.stderr and 'Traceback' not in p.stderr, p.stderr
         said.append((p.returncode, p.stdout))
     return said
@@ -169,14 +166,19 @@ def test_somebody_else_verifies_it(home, one, tmp_path):
 
 
 def test_killed_anywhere_it_goes_on_and_ends_the_same(home, one):
-    "The weights after a run that was killed twice are those of one that was not"
+    "The weights after a run that was killed three times are those of one that was not"
     assert here(home, *asked(3, 'requests/killed'))[0] == 0
-    for wait in (3.0, 5.0):
-        p = subprocess.Popen([*COMMAND, 'request', 'run', 'requests/killed'], cwd=home, stderr=subprocess.DEVNULL)
-        time.sleep(wait)
-        p.send_signal(signal.SIGKILL)
-        p.wait()
-        read_record(home / 'requests/killed')
+    folder, give_up = home / 'requests/killed', time.time() + 120
+    for left in ('record.json', 'before.pt', 'done.json'):  # while it unlearns, between what it writes, while it scores
+        p = Started(home, 'request', 'run', folder, cwd=home)
+        time.sleep(0.5)
+        while not (folder / left).exists():
+            assert p.status() is None and time.time() < give_up, (left, p.said())
+            time.sleep(0.02)
+        assert p.status() is None, p.said()
+        os.kill(p.pid, signal.SIGKILL)
+        assert p.finish().returncode == -signal.SIGKILL
+        read_record(folder)
     assert here(home, 'request', 'run', 'requests/killed')[0] == one[1][0]
     ends = [last_entry(read_record(home / 'requests' / name), 'run') for name in ('one', 'killed')]
     assert ends[0]['weights'] == ends[1]['weights'] and not list((home / 'requests/killed').glob('.*part*'))

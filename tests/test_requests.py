@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
+from conftest import Started, command_here
 
 from mri_unlearn.command.options import add_data, splits_of
 from mri_unlearn.experiment import networks
@@ -35,18 +34,7 @@ REQUESTS = f"""# what was asked
 
 
 def command(out, file, *more):
-    return [
-        sys.executable,
-        '-m',
-        'mri_unlearn.cli',
-        'protocol',
-        '--requests',
-        str(file),
-        '--out',
-        str(out),
-        *ARGS,
-        *more,
-    ]
+    return ['protocol', '--requests', file, '--out', out, *ARGS, *more]
 
 
 def tables(folder):
@@ -64,11 +52,9 @@ def same(one, two):
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    from mri_unlearn.phantom.simulate import simulate_dataset
-
-    folder = tmp_path_factory.mktemp('scans') / 'data'
-    return folder, simulate_dataset(folder, 'tiny', 0, progress=False)
+def data(tiny_scans, tmp_path_factory):
+    "A folder of scans"
+    return shutil.copytree(tiny_scans, tmp_path_factory.mktemp('scans') / 'data')
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +62,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp('study')
     (folder / 'requests.txt').write_text(REQUESTS, encoding='utf-8')
     run = command(folder / 'out', folder / 'requests.txt', '--allow-mixed')
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    done = Started(folder, *run).finish(timeout=300)
     assert done.returncode == 0, done.stderr
     return folder / 'out', done.stdout
 
@@ -216,12 +202,11 @@ def test_the_report_of_a_patient_does_not_speak_of_tests_that_were_not_made(pati
 
 
 def test_a_cut_through_people_has_to_be_allowed(data, tmp_path):
-    folder, _ = data
     with pytest.raises(DataError, match='--allow-mixed'):
-        run_protocol('tiny', tmp_path / 'run', folder, show=False, query=MIXED, **FEW)
+        run_protocol('tiny', tmp_path / 'run', data, show=False, query=MIXED, **FEW)
     parser = argparse.ArgumentParser()
     add_data(parser, forget=True)
-    args = ['--data', str(folder), '--forget', MIXED]
+    args = ['--data', str(data), '--forget', MIXED]
     with pytest.raises(DataError, match='--allow-mixed'):
         splits_of(parser.parse_args(args))
     splits = splits_of(parser.parse_args([*args, '--allow-mixed']))
@@ -243,7 +228,7 @@ def test_a_bad_line_is_named_before_anything_is_trained(data, tmp_path, line):
     file = tmp_path / 'requests.txt'
     file.write_text(f'# good\n{PATIENT}\n\n{line}\n', encoding='utf-8')
     with pytest.raises(DataError) as error:
-        run_requests(file, 'tiny', tmp_path / 'out', data[0], show=False, jobs=1, **FEW)
+        run_requests(file, 'tiny', tmp_path / 'out', data, show=False, jobs=1, **FEW)
     assert f'{file}, line 4: ' in str(error.value) and BAD[line] in str(error.value)
     assert not list(tmp_path.rglob('*.pt')) and not list(tmp_path.rglob('volumes.csv'))
 
@@ -252,7 +237,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     file = tmp_path / 'requests.txt'
     file.write_text('knees\n', encoding='utf-8')
     for more, words in (((), 'line 1: expected'), (('--forget', BRAIN), 'leave --forget and --reason out')):
-        done = subprocess.run(command(tmp_path / 'out', file, *more), capture_output=True, text=True)
+        done = command_here(*command(tmp_path / 'out', file, *more))
         assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / 'out').exists()
 
@@ -260,8 +245,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
 def test_the_plan_lists_all_requests(tmp_path):
     file = tmp_path / 'requests.txt'
     file.write_text(REQUESTS, encoding='utf-8')
-    run = command(tmp_path / 'out', file, '--allow-mixed', '--dry-run')
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = command_here(*command(tmp_path / 'out', file, '--allow-mixed', '--dry-run'))
     assert done.returncode == 0, done.stderr
     lines = {
         q: next(line for line in done.stdout.splitlines() if q in line) for q in (PATIENT, SITE, MIXED, TWO, BRAIN)
@@ -273,10 +257,10 @@ def test_the_plan_lists_all_requests(tmp_path):
 def kill_when(process, out, pattern):
     give_up = time.time() + 120
     while not list(out.glob(pattern)):
-        assert process.poll() is None and time.time() < give_up, f'{pattern} did not appear'
+        assert process.status() is None and time.time() < give_up, f'{pattern} did not appear: {process.said()}'
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.finish().returncode == -signal.SIGKILL
 
 
 def test_killed_and_started_again(study, tmp_path):
@@ -284,13 +268,11 @@ def test_killed_and_started_again(study, tmp_path):
     file.write_text(f'{PATIENT} | withdrew\n{SITE}\n', encoding='utf-8')
     first, second = folder_name(PATIENT), folder_name(SITE)
     for pattern in ('data/multicoil_train/*.h5', f'{first}/models/original.pt', f'{second}/models/oracle_s0.pt'):
-        run = command(out, file, '--allow-mixed', '--jobs', '1')
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        kill_when(subprocess.Popen(run, start_new_session=True, **quiet), out, pattern)
+        kill_when(Started(tmp_path, *command(out, file, '--allow-mixed', '--jobs', '1')), out, pattern)
     assert (out / 'requests.csv').is_file() and (out / first / 'report.html').is_file()  # the first was finished
     assert not (out / second / 'report.html').exists()
     file.write_text(REQUESTS.replace(TWO, '# ').replace(BRAIN, '# ').replace(MIXED, '# '), encoding='utf-8')  # and more
-    done = subprocess.run(command(out, file, '--allow-mixed'), capture_output=True, text=True)
+    done = Started(tmp_path, *command(out, file, '--allow-mixed')).finish()
     assert done.returncode == 0, done.stderr
     for name in (first, second):
         same(out / name, study[0] / name)

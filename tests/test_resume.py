@@ -3,17 +3,17 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
+from conftest import Started, command_here
 
-ARGS = ['--preset', 'tiny', '--epochs', '1', '--methods', 'sub_ft', 'nl_ft']
+ARGS = '--preset tiny --epochs 1 --methods sub_ft nl_ft'.split()
 # what must exist before the next blow falls: while simulating, training, unlearning, scoring, and drawing
 KILLS = [
     'data/multicoil_train/*.h5',
+    'data/multicoil_val/*.h5',
     'models/oracle_s0.pt',
     'stages/unlearned_sub_ft_50pc_s0.json',
     'stages/oracle_s0/*.h5',
@@ -23,36 +23,26 @@ KILLS = [
 
 
 def start(out):
-    return subprocess.Popen(
-        [sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(out), *ARGS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return Started(out.parent, 'protocol', '--out', out, *ARGS)
 
 
 def finish(out):
-    process = start(out)
-    text, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return text
+    done = start(out).finish()
+    assert done.returncode == 0, done.stderr
 
 
 def kill_when(out, pattern):
     "Start the run and kill it by SIGKILL as soon as a file like `pattern` is there; its workers must end by themselves"
     process, give_up = start(out), time.time() + 300
     while not list(out.glob(pattern)):
-        assert process.poll() is None, f'ended before {pattern} appeared: {process.stderr.read()}'
+        assert process.status() is None, f'ended before {pattern} appeared: {process.said()}'
         assert time.time() < give_up, f'{pattern} did not appear'
-        time.sleep(0.02)
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
-    try:
-        process.communicate(timeout=60)  # returns when the last worker has let go of the pipe
-    except subprocess.TimeoutExpired:
+    if not process.all_ended(timeout=60):
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError('workers live on after the main process was killed')
-    assert process.returncode == -signal.SIGKILL
+    assert process.finish().returncode == -signal.SIGKILL
 
 
 @pytest.fixture(scope='module')
@@ -85,14 +75,8 @@ def test_nothing_half_written_is_left(runs):
 def test_other_settings_do_not_touch_a_run(runs):
     whole = runs[0]
     before = {p: p.read_bytes() for p in whole.rglob('*') if p.is_file()}
-    process = subprocess.run(
-        [sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(whole), '--preset', 'tiny', '--epochs', '2'],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        process.returncode == 1 and 'other settings' in process.stderr and len(process.stderr.strip().splitlines()) == 1
-    )
+    done = command_here('protocol', '--out', whole, '--preset', 'tiny', '--epochs', 2)
+    assert done.returncode == 1 and 'other settings' in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert before == {p: p.read_bytes() for p in whole.rglob('*') if p.is_file()}
 
 
@@ -100,7 +84,5 @@ def test_a_damaged_record_is_an_error_and_not_a_traceback(runs, tmp_path):
     copy = tmp_path / 'run'
     shutil.copytree(runs[0], copy)
     (copy / 'config.json').write_text('{"preset":')
-    process = subprocess.run(
-        [sys.executable, '-m', 'mri_unlearn.cli', 'protocol', '--out', str(copy), *ARGS], capture_output=True, text=True
-    )
-    assert process.returncode == 1 and 'config.json' in process.stderr and 'Traceback' not in process.stderr
+    done = command_here('protocol', '--out', copy, *ARGS)
+    assert done.returncode == 1 and 'config.json' in done.stderr and 'Traceback' not in done.stderr

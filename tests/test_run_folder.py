@@ -14,14 +14,15 @@ from mri_unlearn.experiment.protocol import run_protocol
 from mri_unlearn.machinery.disk import DataError, data_digest, file_digest
 from mri_unlearn.phantom.simulate import simulate_dataset
 
-FEW = dict(epochs=1, rounds=1, steps=2, methods=('sub_ft',), study=(), show=False, jobs=1)
+FEW = dict(epochs=1, rounds=1, steps=2, methods=('sub_ft',), study=(), chans=4, pools=2, show=False, jobs=1)
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     "A finished run, and the folder of its data"
     folder = tmp_path_factory.mktemp('whole')
-    simulate_dataset(folder / 'data', 'tiny', 0, progress=False)
+    people = dict(brain=(2, 2), knee=(3, 2))
+    simulate_dataset(folder / 'data', 'tiny', 0, patients=people, coils=2, progress=False)
     run_protocol('tiny', folder / 'run', folder / 'data', **FEW)
     return folder
 

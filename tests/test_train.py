@@ -2,8 +2,6 @@
 
 import argparse
 
-import pytest
-
 from mri_unlearn.command.networks import add_commands
 from mri_unlearn.data.request import ForgetRequest
 from mri_unlearn.data.volumes import index_volumes
@@ -12,16 +10,8 @@ from mri_unlearn.experiment.runs import Run
 from mri_unlearn.experiment.settings import NetworkSettings, TrainingSettings, prepare
 from mri_unlearn.machinery.workers import Progress
 from mri_unlearn.network.weights import load_network
-from mri_unlearn.phantom.simulate import simulate_dataset
 from mri_unlearn.verdict.names import NetworkName
 from mri_unlearn.verdict.reconstruct import weights_digest
-
-
-@pytest.fixture(scope='module')
-def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('scans') / 'data'
-    simulate_dataset(folder, 'tiny', progress=False)
-    return folder
 
 
 def parsed(*words):
@@ -46,13 +36,13 @@ def test_defaults_are_those_of_the_protocol():
     assert SIZES == NetworkSettings()
 
 
-def test_weights_are_those_of_the_protocol(scans, tmp_path, capsys):
+def test_weights_are_those_of_the_protocol(tiny_scans, tmp_path, capsys):
     "Same seed, data and size: the same weights to the last bit, of the Original and of an Oracle"
     settings = prepare('small', dict(chans=2, pools=1, epochs=1))
-    splits = ForgetRequest("organ == 'knee'").split(index_volumes(scans, cache=False))
+    splits = ForgetRequest("organ == 'knee'").split(index_volumes(tiny_scans, cache=False))
     there, size = Run(tmp_path / 'run'), ['--chans', 2, '--pools', 1, '--epochs', 1]
     for name, seed, only in [('original', 1, []), ('oracle_s0', 1001, ['--only', "organ == 'brain'"])]:
         train_network(there, settings, NetworkName.parse(name), splits, Progress(1, show=False))
-        run('train', '--data', scans, *size, '--seed', seed, *only, '--out', tmp_path / f'{name}.pt')
+        run('train', '--data', tiny_scans, *size, '--seed', seed, *only, '--out', tmp_path / f'{name}.pt')
         ours, theirs = (weights_digest(load_network(p)) for p in (tmp_path / f'{name}.pt', there.model(name)))
         assert ours == theirs, name
