@@ -100,6 +100,7 @@ def verify_request(
     key=None,  # file of the key of pseudonyms; None: the usual one
     replay: bool = True,  # run it again, where the weights of before are still there
     progress: bool = True,  # show a bar
+    attack=None,  # function of (folder, job, splits, veil) whose result is recorded, see `audit.exposure`; None: none
     **places,  # model, data, oracles: where they lie here
 ) -> dict:  # the new entry; its `status` is that of the verdict, or 1 where something is not as recorded
     "Look at a request as somebody who was not there; `DataError` where there is nothing to look at"
@@ -112,6 +113,10 @@ def verify_request(
         found += _files(folder, entry)
         veil, there = record_veil(key, short=record['key']), (folder / 'before.pt').is_file()
         given = places if there or places.get('model') else places | dict(model=str(folder / 'unlearned.pt'))
+        if attack and not there:
+            raise DataError(
+                f'{folder}: the weights of before are deleted, nothing can be compared: leave --privacy out'
+            )
         job = remembered(record, check, key, **given)
         after, index = network_of_job(job, folder / 'unlearned.pt'), volumes_of_job(job)
         veil.learn(index)
@@ -128,9 +133,12 @@ def verify_request(
             found.append(
                 _finding('replay', True, 'not possible: the weights of before are deleted, as they have to be')
             )
-        good = all(finding['good'] for finding in found)
+        good, more = all(finding['good'] for finding in found), {}
+        if attack and there and same:
+            more = dict(privacy=attack(folder, job, splits, veil))
         status = entry['verdict']['status'] if good else 1
-        return add_entry(folder, 'verify', state_of(record), findings=found, status=status, versions=versions())
+        about = dict(findings=found, status=status, versions=versions())
+        return add_entry(folder, 'verify', state_of(record), **about, **more)
 
 # %% ../../nbs/88g_audit.after.ipynb #f8fdbf1a
 RUN_FILES = 'unlearned.pt', 'transcript.json', 'scores.csv', 'done.json', 'report.html'  # of a run
@@ -172,7 +180,7 @@ def undo_request(
         return add_entry(folder, 'undo', 'undone', deleted=deleted, versions=versions())
 
 # %% ../../nbs/88g_audit.after.ipynb #d0edeaae
-def _left(job, check, veil):
+def _left(job, check, veil, privacy=None):
     "What still carries the influence, and is not ours to delete; what lies elsewhere now is said, too"
     lost, wanted = 'not found where it was looked for; it may lie elsewhere', check['matched']['scans']
     there = Path(job.model).is_file()
@@ -185,6 +193,9 @@ def _left(job, check, veil):
         (len(wanted) - scans, lost.replace('it was', 'they were').replace('it may', 'they may')),
     ):
         left += [dict(what=f'{n} of {len(wanted)} scans to be forgotten', state=state)] * bool(n)
+    if privacy and privacy['holding']:
+        what = f'{privacy["holding"]} of {privacy["shadows"]} shadows were trained on them (bank {privacy["bank"]})'
+        left.append(dict(what=what, state='kept for other requests; delete the bank when its audits are over'))
     return left + [dict(what=child['name'], state='not treated', digest=child['digest']) for child in check['children']]
 
 # %% ../../nbs/88g_audit.after.ipynb #02e01914
@@ -209,7 +220,7 @@ def finalise_request(
         check = last_entry(record, 'check')
         job, veil = remembered(record, check, key, **places), record_veil(key, short=record['key'])
         _is_result(folder, job, last_entry(record, 'run'))
-        left = _left(job, check, veil)
+        left = _left(job, check, veil, (last_entry(record, 'verify') or {}).get('privacy'))
         deleted = _deleted(folder, ('before.pt', 'done.json', 'figures/forgotten_*.png'))
         tables, _ = empty_cache()
         deleted += [dict(what=f'{tables} tables in the cache of the index', state='deleted')] * bool(tables)

@@ -87,6 +87,9 @@ elsewhere.</p>{% endif %}</section>
 <section><h2>What still carries the influence</h2>
 <ul>{% for c in copies %}<li>{{ c.what }}: {{ c.state }}</li>{% endfor %}</ul>
 </section>{% endif %}
+{% if privacy %}<section><h2>Would an attacker find them?</h2><p>{{ privacy.sentence }}</p>
+{{ t.table(exposed.head, exposed.rows, ['network']) }}
+{% for f in attacked %}{{ picture(f) }}{% endfor %}</section>{% endif %}
 {% if findings %}<section><h2>Looked at once more</h2>
 {{ t.table(findings.head, findings.rows, findings.head) }}</section>{% endif %}
 <section><h2>How to repeat it</h2><p><code>{{ again }}</code></p>
@@ -212,10 +215,10 @@ def _score_rows(run):
     return dict(head=['scans', *(f'{named[n]}, dB' for n in networks)], rows=rows)
 
 # %% ../../nbs/88h_audit.page.ipynb #66001802
-def _pictures(folder):
+def _pictures(folder, captions=_CAPTIONS):
     "(name, caption, data, width) of the figures of a request"
     found = []
-    for name, caption in _CAPTIONS.items():
+    for name, caption in captions.items():
         path = folder / 'figures' / f'{name}.png'
         if path.is_file():
             png = path.read_bytes()
@@ -281,12 +284,26 @@ def _filled(folder, record):
     if run:
         found |= dict(done=_done_said(check, run), scores=_score_rows(run), figures=_pictures(folder))
         found |= dict(oracles=run['verdict'].get('oracles'))
+    found |= _under_attack(folder, run and verify)
     return found | dict(picture=_picture, style=Markup(_STYLE))
 
 # %% ../../nbs/88h_audit.page.ipynb #7c5a1985
 def _matched_title(check):
     matched = check['matched']
     return f'{_people(len(matched["people"]))}, {matched["volumes"]} scans'
+
+
+def _under_attack(folder, verify):
+    "What the last look at the request found as an attacker; nothing where nobody attacked it since the run"
+    privacy = (verify or {}).get('privacy')
+    if not privacy:
+        return dict(privacy=None)
+    head = ['network', 'flagged', 'worst patient', 'newly exposed']
+    rows = []
+    for name, p in dict(before=privacy['before'], after=privacy['after']).items():
+        rows.append([name, f'{p["flagged"]} of {p["patients"]}', f'{p["worst_surprise"]:+.1f}', p['newly_exposed']])
+    said = dict(exposure='How far patients stand out', relearning='Level on the forgotten scans, trained further')
+    return dict(privacy=privacy, exposed=dict(head=head, rows=rows), attacked=_pictures(folder, said))
 
 
 def _findings(verify):

@@ -9,6 +9,7 @@ __all__ = ['PASSES', 'job_asked', 'check_said', 'request_check', 'request_run', 
 # %% ../../nbs/93a_command.request.ipynb #51c951a6
 import argparse
 import warnings
+from functools import partial
 
 from .chosen import OF_OWN, add_clip, add_device, add_names, add_network, device_of
 from mri_unlearn.command.options import (
@@ -24,7 +25,7 @@ from mri_unlearn.command.options import (
     settings_of,
     some_text,
 )
-from ..experiment.settings import ACCELERATION, LOSSES, MASKS, WORKERS
+from ..experiment.settings import ACCELERATION, LOSSES, MASKS, SHADOWS, WORKERS
 from ..machinery.ranges import COUNT, RATE, SEED, SHARE, Number
 from ..machinery.text import counted
 
@@ -154,12 +155,24 @@ def request_verify(
     from mri_unlearn.audit.page import write_record_page
     from mri_unlearn.machinery.workers import _threads, network_threads
 
+    given = dict(attack=_attack(args) if args.privacy else None)
     with _threads(network_threads()):
-        entry = verify_request(args.folder, args.key, not args.no_replay, **_places(args))
+        entry = verify_request(args.folder, args.key, not args.no_replay, **given, **_places(args))
     for found in entry['findings']:
         say(f'{"as recorded" if found["good"] else "NOT as recorded"}: {found["what"]}: {found["said"]}')
+    if 'privacy' in entry:
+        say(entry['privacy']['sentence'])
     write_record_page(args.folder)
     return entry['status']
+
+
+def _attack(args):
+    "The attack that the options ask for"
+    from mri_unlearn.audit.exposure import attack_request
+
+    training = dict(epochs=args.epochs, lr=args.train_lr, bs=args.train_bs)
+    given = {name: value for name, value in training.items() if value is not None}
+    return partial(attack_request, bank=args.bank, shadows=args.shadows, **given)
 
 # %% ../../nbs/93a_command.request.ipynb #fe028cd5
 def request_undo(
@@ -290,6 +303,18 @@ def _add_folder(p, *places):
         p.add_argument(*names, dest=name, type=file_name, metavar='PATH', help=where, **many)
 
 # %% ../../nbs/93a_command.request.ipynb #cae296ad
+def _add_attack(p):
+    "Options of an attack on a request"
+    p.add_argument('--privacy', action='store_true', help='try as an attacker whether the patients can be found')
+    p.add_argument('--shadows', type=SHADOWS, default=16, metavar='N', help='networks that the attacks rest on; even')
+    bank = 'where shadows are kept for this and other requests; default: the folder `shadows` beside the request'
+    p.add_argument('--bank', type=file_name, metavar='DIR', help=bank)
+    own = 'how the network was trained, and shadows are: '
+    p.add_argument('--epochs', type=COUNT, metavar='N', help=own + 'passes over its training scans; default: 16')
+    p.add_argument('--train-lr', type=RATE, metavar='RATE', help=own + 'peak of the learning rate; default: 0.002')
+    p.add_argument('--train-bs', type=COUNT, metavar='N', help=own + 'slices in a batch; default: 1')
+
+
 def add_commands(
     commands,  # what `argparse` returns for subcommands
 ):
@@ -310,6 +335,7 @@ def add_commands(
     verify = add_command(verbs, 'verify', request_verify, 'request verify requests/k0003 --data scans')
     _add_folder(verify, 'model', 'data', 'oracles')
     verify.add_argument('--no-replay', action='store_true', help='do not run the request once more')
+    _add_attack(verify)
     _add_folder(add_command(verbs, 'undo', request_undo, 'request undo requests/k0003'))
     _add_folder(add_command(verbs, 'finalise', request_finalise, 'request finalise requests/k0003'), 'model', 'data')
     p.set_defaults(verbs=verbs)  # for options that every command has
