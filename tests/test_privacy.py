@@ -1,7 +1,6 @@
 """Controls of every attack, on networks that were really trained: who memorised four patients is found out, and who
 never saw them is not; a network that is worse on them than any other is found out, too."""
 
-from copy import deepcopy
 
 import numpy as np
 import pandas as pd
