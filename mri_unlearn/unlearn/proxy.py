@@ -11,6 +11,7 @@ from ..network.parts import check_part
 from .aim import Aim, KeepImages, MemoryMatch, ProxyMatch, Twin
 from .catalog import method
 from .path import Mirror, Movable, OneCycle, Settle
+from .scrub import Scrub
 from .spare import SpareRetained
 from .teachers import Teacher
 
@@ -57,6 +58,7 @@ def proxy(
     proxy_lr: float = 6.0,  # peak of the proxy's one-cycle schedule, in learning rates of the fit
     peak: float = 9.0,  # competence: peak of the network's one-cycle schedule, in learning rates of the fit
     memory_peak: float = 1.5,  # memory: the same
+    scrub: float = 0.0,  # noise on the weights at the end, see `Scrub`: slower to relearn, and worse at retained slices
     proxy_seed: int = 0,  # of the proxies and of the mirroring; `unlearn` hands in its own seed
 ) -> list:  # callbacks
     """Asks short-trained proxies what a network would answer that never saw the forget slices, and ends at its level
@@ -80,4 +82,5 @@ def proxy(
         Aim(mechanisms, level, shadow_level, proxies, part, proxy_lr, seed=proxy_seed, kind=kind, mix=mix),
         *competence,
         *memory,
+        *([Scrub(scrub, seed=proxy_seed)] if scrub else []),
     ]
