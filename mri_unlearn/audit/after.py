@@ -95,6 +95,13 @@ def _replayed(folder, job, splits, entry, progress):
     yield _finding('weights', same and off < 1e-3, said)
 
 # %% ../../nbs/88g_audit.after.ipynb #801f6cb5
+def _is_there(path, attack):
+    "Whether the weights of before are there; `DataError` where an attack needs them and they are not"
+    if attack and not path.is_file():
+        raise DataError(f'{path} is deleted, so there is nothing to compare with: leave --privacy out')
+    return path.is_file()
+
+# %% ../../nbs/88g_audit.after.ipynb #7be58a80
 def verify_request(
     folder,  # str or Path: of a request that was carried out
     key=None,  # file of the key of pseudonyms; None: the usual one
@@ -111,12 +118,8 @@ def verify_request(
             raise DataError(f'{folder}: this request is {state_of(record)}, not carried out; nothing to verify')
         found = [_finding('record', True, f'{len(record["entries"])} entries, each with the digest of the one before')]
         found += _files(folder, entry)
-        veil, there = record_veil(key, short=record['key']), (folder / 'before.pt').is_file()
+        veil, there = record_veil(key, short=record['key']), _is_there(folder / 'before.pt', attack)
         given = places if there or places.get('model') else places | dict(model=str(folder / 'unlearned.pt'))
-        if attack and not there:
-            raise DataError(
-                f'{folder}: the weights of before are deleted, nothing can be compared: leave --privacy out'
-            )
         job = remembered(record, check, key, **given)
         after, index = network_of_job(job, folder / 'unlearned.pt'), volumes_of_job(job)
         veil.learn(index)
@@ -133,12 +136,9 @@ def verify_request(
             found.append(
                 _finding('replay', True, 'not possible: the weights of before are deleted, as they have to be')
             )
-        good, more = all(finding['good'] for finding in found), {}
-        if attack and there and same:
-            more = dict(privacy=attack(folder, job, splits, veil))
-        status = entry['verdict']['status'] if good else 1
-        about = dict(findings=found, status=status, versions=versions())
-        return add_entry(folder, 'verify', state_of(record), **about, **more)
+        more = dict(privacy=attack(folder, job, splits, veil)) if attack and there and same else {}
+        status = entry['verdict']['status'] if all(finding['good'] for finding in found) else 1
+        return add_entry(folder, 'verify', state_of(record), findings=found, status=status, versions=versions(), **more)
 
 # %% ../../nbs/88g_audit.after.ipynb #f8fdbf1a
 RUN_FILES = 'unlearned.pt', 'transcript.json', 'scores.csv', 'done.json', 'report.html'  # of a run

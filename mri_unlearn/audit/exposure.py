@@ -115,7 +115,7 @@ def _recorded(tables, bank, method):
         worth=json.loads(tables['shadow_attacks'].to_json(orient='records')),
     )
 
-
+# %% ../../nbs/88j_audit.exposure.ipynb #c45858c5
 def attack_request(
     folder,  # str or Path: of a request that was carried out and is not finalised
     job: Job,  # of the request

@@ -80,17 +80,15 @@ elsewhere.</p>{% endif %}</section>
 <section><h2>Verdict</h2><dl><dt>Scans to be forgotten</dt><dd>{{ run.verdict.forget }}.</dd>
 <dt>Retained scans</dt><dd>{{ run.verdict.retain }}.</dd>
 {% if oracles %}<dt>Oracles</dt><dd>{{ oracles.said }}.</dd>{% endif %}</dl>
-{% if run.warnings %}<p>Warnings of the run:</p>
-<ul>{% for w in run.warnings %}<li>{{ w }}</li>{% endfor %}</ul>{% endif %}
-</section>
+{% if run.warnings %}<p>Warnings of the run:</p><ul>{% for w in run.warnings %}<li>{{ w }}</li>{% endfor %}</ul>
+{% endif %}</section>
 <section><h2>What was not shown</h2><ul>{% for said in run.not_shown %}<li>{{ said }}</li>{% endfor %}</ul></section>
 <section><h2>What still carries the influence</h2>
 <ul>{% for c in copies %}<li>{{ c.what }}: {{ c.state }}</li>{% endfor %}</ul>
 </section>{% endif %}
 {% if privacy %}<section><h2>Would an attacker find them?</h2><p>{{ privacy.sentence }}</p>
-{{ t.table(exposed.head, exposed.rows, ['network']) }}
-{% for f in attacked %}{{ picture(f) }}{% endfor %}</section>{% endif %}
-{% if findings %}<section><h2>Looked at once more</h2>
+{{ t.table(exposed.head, exposed.rows, ['network']) }}{% for f in attacked %}{{ picture(f) }}{% endfor %}</section>
+{% endif %}{% if findings %}<section><h2>Looked at once more</h2>
 {{ t.table(findings.head, findings.rows, findings.head) }}</section>{% endif %}
 <section><h2>How to repeat it</h2><p><code>{{ again }}</code></p>
 {% if key %}<p class="note">With the names as the scans have them in place of the pseudonyms.</p>{% endif %}

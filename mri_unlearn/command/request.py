@@ -314,7 +314,7 @@ def _add_attack(p):
     p.add_argument('--train-lr', type=RATE, metavar='RATE', help=own + 'peak of the learning rate; default: 0.002')
     p.add_argument('--train-bs', type=COUNT, metavar='N', help=own + 'slices in a batch; default: 1')
 
-
+# %% ../../nbs/93a_command.request.ipynb #a75ff33f
 def add_commands(
     commands,  # what `argparse` returns for subcommands
 ):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINED_ON', 'SCORED', 'input_kind', 'mask_of', 'in_precision', 'new_network', 'scoring_loader', 'kept_bytes',
-           'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'training_seed', 'train_on',
-           'train_network', 'run_network', 'write_images', 'agree_with_oracles', 'score_network', 'used_fraction',
-           'unlearning_plan', 'unlearning_seed', 'steps_of', 'unlearned_learner', 'run_method']
+           'kept_loader', 'forget_loaders', 'teaches_alone', 'trained_networks', 'training_seed', 'train_network',
+           'run_network', 'write_images', 'agree_with_oracles', 'score_network', 'used_fraction', 'unlearning_plan',
+           'unlearning_seed', 'steps_of', 'unlearned_learner', 'run_method']
 
 # %% ../../nbs/77_experiment.networks.ipynb #09bbcee0
 import pandas as pd
@@ -117,6 +117,7 @@ TRAINED_ON = {  # kind of network -> splits
     'original': ('retain_train', 'forget_train'),
     'oracle': ('retain_train',),
     'forget_only': ('forget_train',),
+    'shadow': ('retain_train', 'forget_train'),  # of the patients inside of it
 }
 
 
@@ -145,25 +146,27 @@ def training_seed(
     network: NetworkName,  # kind is one of `TRAINED_ON`
 ) -> int:  # of its weights and of the order of the slices
     "The seed of a training: another for each kind and each Oracle"
-    return settings.seed + {'original': 0, 'oracle': 1000 * (network.seed + 1)}.get(network.kind, 500)
+    apart = {'original': 0, 'oracle': 1000 * (network.seed + 1), 'shadow': 20_000 + network.seed}
+    return settings.seed + apart.get(network.kind, 500)
 
 # %% ../../nbs/77_experiment.networks.ipynb #9164cfb8
-def train_on(
+def train_network(
     run: Run,  # where weights and record go
-    name: str,  # of the stage
     settings: Settings,  # of the run
-    rows: pd.DataFrame,  # volumes to train on
-    seed: int,  # of the weights and of the order of the slices
+    network: NetworkName,  # kind is one of `TRAINED_ON`
+    splits: pd.DataFrame,  # volumes with their column `split`
     progress,  # with say(text) and step(slices)
-    said: str,  # what the progress bar says
+    title: str = '',  # in front of what the progress bar says
 ):
-    "Train a network from scratch on some volumes, unless that was done already"
-    t, meter, resume = settings.training, WorkMeter(), Resume(run.state(name))
+    "Train a network from scratch, unless that was done already"
+    name, t = network.stage, settings.training
+    meter, resume = WorkMeter(), Resume(run.state(name))
     if run.done(name):
         return resume.finish()
+    rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], training_seed(settings, network)
     about = dict(num_workers=settings.data.num_workers, input=input_kind(settings))
     dls = recon_dls(rows, rows.head(1), mask_of(settings), bs=t.bs, seed=seed, **about)
-    cbs = [meter, SkipValidation(), Tick(progress, said), resume]
+    cbs = [meter, SkipValidation(), Tick(progress, f'{title}train {network.label}'), resume]
     if t.clip:
         cbs.append(GradientClip(t.clip))
     learn = recon_learner(dls, new_network(settings, seed), loss=t.loss, cbs=cbs)
@@ -173,19 +176,6 @@ def train_on(
     work = dict(slices=meter.slices, seconds=meter.seconds, volumes=len(rows), train_loss=resume.losses)
     run.finish(name, [run.model(name)], **work)
     resume.finish()
-
-
-def train_network(
-    run: Run,  # where weights and record go
-    settings: Settings,  # of the run
-    network: NetworkName,  # kind is one of `TRAINED_ON`
-    splits: pd.DataFrame,  # volumes with their column `split`
-    progress,  # with say(text) and step(slices)
-    title: str = '',  # in front of what the progress bar says
-):
-    "Train a network of a run from scratch, unless that was done already"
-    rows, seed = splits[splits.split.isin(TRAINED_ON[network.kind])], training_seed(settings, network)
-    train_on(run, network.stage, settings, rows, seed, progress, f'{title}train {network.label}')
 
 # %% ../../nbs/77_experiment.networks.ipynb #e523d3d1
 def run_network(
@@ -352,12 +342,6 @@ def run_method(
     file = run.out / 'stages' / f'{name}.trace.csv'
     run.write_csv(file, table[TRACE])
     level = getattr(learn, 'level_record', None)  # of methods that estimate what an Oracle would reach
-    run.finish(
-        name,
-        [run.model(name), file],
-        slices=meter.slices,
-        seconds=meter.seconds,
-        terms=learn.loss_terms.history,
-        retain_volumes=_retain_volumes(learn, network.method),
-        **({} if level is None else dict(level=level)),
-    )
+    work = dict(slices=meter.slices, seconds=meter.seconds, terms=learn.loss_terms.history)
+    work |= dict(retain_volumes=_retain_volumes(learn, network.method)) | ({} if level is None else dict(level=level))
+    run.finish(name, [run.model(name), file], **work)

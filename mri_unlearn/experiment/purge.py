@@ -132,7 +132,7 @@ def purgeable(
     foreign = [path for path in foreign if path not in known and path.name != 'simulation.json']
     return [part for part in parts if part.paths], sorted(foreign)
 
-
+# %% ../../nbs/86a_experiment.purge.ipynb #215c8796
 def _home(path, folder):
     "Whose record speaks of a scan: that of the planted arm, or of the run or the study"
     return next((p for p in path.parents if p.name == 'planted' and folder in p.parents), folder)

@@ -61,7 +61,7 @@ def _of_patients(rows, worth, power, epsilon):
         )
     return Evidence('shadows', True)
 
-
+# %% ../../nbs/80b_experiment.said.ipynb #94ebd6f4
 def _of_relearning(rows):
     "Evidence of the curves: the worst of all trials"
     words = set(rows.word) or {'undecided: no network to compare with'}

@@ -20,14 +20,12 @@ NEVER = 'retain_test', 'forget_test'  # splits of patients that no network was t
 
 def _looks(name, methods):
     "Label, colour and marker of a network in these figures"
-    if name.startswith('shadow'):
-        return 'shadows without them', COLOURS['oracle'], 's'
     network = NetworkName.parse(name)
     if network.kind == 'unlearned':
         i = methods.index(name)
         return network.method, METHOD_COLOURS[i % len(METHOD_COLOURS)], METHOD_MARKERS[i % len(METHOD_MARKERS)]
-    if network.kind == 'oracle':
-        return 'Oracles', COLOURS['oracle'], 's'
+    if network.kind in ('oracle', 'shadow'):
+        return 'Oracles' if network.kind == 'oracle' else 'shadows without them', COLOURS['oracle'], 's'
     return network.label, COLOURS[network.kind], 'o'
 
 
@@ -182,7 +180,7 @@ def _label(name):
 def _share(x):
     return 'not measurable' if pd.isna(x) else f'{x:.0%}'
 
-
+# %% ../../nbs/73a_show.exposure.ipynb #99b0d3f5
 def _said_rows(table):
     "The sentences, as cells"
     columns = {
@@ -229,7 +227,7 @@ def _relearned_cells(table):
     }
     return as_cells(pd.DataFrame(columns))
 
-
+# %% ../../nbs/73a_show.exposure.ipynb #70d88038
 def _worth_cells(table):
     "What the attack is worth, as cells"
     columns = {

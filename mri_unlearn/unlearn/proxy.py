@@ -77,10 +77,6 @@ def proxy(
         check_part(name)
     competence = _competence_callbacks(forget_weight, retain_weight, gamma, damping, moves, peak, proxy_seed)
     memory = _memory_callbacks(forget_weight, retain_weight, mix, memory_peak)
-    mechanisms = dict(competence=competence, memory=memory)
-    return [
-        Aim(mechanisms, level, shadow_level, proxies, part, proxy_lr, seed=proxy_seed, kind=kind, mix=mix),
-        *competence,
-        *memory,
-        *([Scrub(scrub, seed=proxy_seed)] if scrub else []),
-    ]
+    mechanisms, last = dict(competence=competence, memory=memory), [Scrub(scrub, seed=proxy_seed)] if scrub else []
+    aim = Aim(mechanisms, level, shadow_level, proxies, part, proxy_lr, seed=proxy_seed, kind=kind, mix=mix)
+    return [aim, *competence, *memory, *last]

@@ -51,21 +51,20 @@ class Scrub(Callback):
     def after_fit(self):
         level = getattr(self.learn, 'level', None)
         if self.noise and not (level and level.kind == 'nothing'):
-            teacher = deepcopy(self.model).eval().requires_grad_(False)
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            add_noise(self.model, self.noise, self.seed)
+            teacher = deepcopy(self.model).eval().requires_grad_(False)
+            add_noise(self.model.train(), self.noise, self.seed)
             with timed(self.learn), torch.enable_grad():
                 self._learn(teacher, trained)
 
     def _learn(self, teacher, trained):
         "Learn the teacher's answers on slices of both sides"
-        dl, ds = self.dls.train, self.dls.train_ds
+        ds = self.dls.train_ds
         sides = [[i for i, (v, _) in enumerate(ds.items) if ds.forget[v] == forget] for forget in (False, True)]
         steps = max(1, int(self.work * self.learn.budget / (2 * (1 + FORWARD))))
         opt, schedule = torch.optim.Adam(trained, lr=self.peak), one_cycle(self.peak)
-        self.model.train()
         plan = BatchPlan(*sides, 2, steps, self.seed, ds.shape)
-        for i, batch in enumerate(dl.new(order=plan, seed=self.seed)):
+        for i, batch in enumerate(self.dls.train.new(order=plan, seed=self.seed)):
             x, y = mirrored(batch[: ds.n_inp], Targets(*batch[ds.n_inp :]), (self.seed << 20) + i, ds.input)
             for group in opt.param_groups:
                 group['lr'] = schedule(i / (steps * plan.parts))

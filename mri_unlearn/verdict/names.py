@@ -23,6 +23,7 @@ KINDS = {  # kind -> (short name for figures, long name for reports)
     'original': ('Original', 'Original (nothing done)'),
     'oracle': ('Oracle', 'Oracle'),
     'forget_only': ('forget data alone', 'trained on the forget data alone'),
+    'shadow': ('shadow', 'shadow, trained on half of the patients'),
     'zero_filled': ('no network', 'no network (zero-filled)'),
     'control': ('control', 'control'),
     'unlearned': ('unlearned', 'unlearned'),
@@ -41,7 +42,8 @@ def _stage(name):
         if not name.method or name.fraction is None:
             raise DataError(f'files of an unlearned network go by its method and its retain fraction; found {name}')
         return f'unlearned_{name.method}_{100 * name.fraction:g}pc_s{name.seed}'
-    return {'oracle': f'oracle_s{name.seed}', 'control': name.method}.get(name.kind, name.kind)
+    numbered = {'oracle': f'oracle_s{name.seed}', 'shadow': f'shadow_{name.seed:02d}', 'control': name.method}
+    return numbered.get(name.kind, name.kind)
 
 
 def _read(stage):
@@ -50,6 +52,8 @@ def _read(stage):
         return 'unlearned', m['method'], Decimal(m['percent']) / 100, m['seed']  # in floats 1e-05 / 100 is not 1e-07
     if m := re.fullmatch(r'oracle_s(\d+)', stage):
         return 'oracle', '', None, m[1]
+    if m := re.fullmatch(r'shadow_(\d\d+)', stage):
+        return 'shadow', '', None, m[1]
     if stage in CONTROLS:
         return 'control', stage
     return (stage,) if stage in ('original', 'forget_only', 'zero_filled', 'target') else None
@@ -122,8 +126,8 @@ class NetworkName(_Readable):
     @property
     def label(self):
         "What a figure calls it: the method with its retain fraction, an Oracle with its seed"
-        if self.kind == 'oracle':
-            return f'Oracle {self.seed}'
+        if self.kind in ('oracle', 'shadow'):
+            return f'{KINDS[self.kind][0]} {self.seed}'
         share = f' {100 * self.fraction:g} %' if self.fraction else ''  # a method without retain data shows none
         return (self.method or KINDS[self.kind][0]) + share
 

@@ -178,7 +178,7 @@ def _signs(traces, statistic, oracles, expected):
         expected = STATISTICS[statistic] * expected.reindex(table.index)
     return table, oracles, pd.Series(0.0, index=table.index) if statistic == 'changed_db' else expected
 
-
+# %% ../../nbs/60a_verdict.privacy.ipynb #d3a3fa90
 def population_attack(
     traces: pd.DataFrame,  # of all networks, as for `patient_table`
     network: str,  # that is attacked
