@@ -168,8 +168,9 @@ def request_verify(
 
 def _attack(args):
     "The attack that the options ask for"
-    from mri_unlearn.audit.exposure import attack_request
+    from mri_unlearn.audit.exposure import attack_request, must_have_shadows
 
+    must_have_shadows(args.folder)
     training = dict(epochs=args.epochs, lr=args.train_lr, bs=args.train_bs)
     given = {name: value for name, value in training.items() if value is not None}
     return partial(attack_request, bank=args.bank, shadows=args.shadows, **given)
