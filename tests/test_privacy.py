@@ -1,7 +1,6 @@
 """Controls of every attack, on networks that were really trained: who memorised four patients is found out, and who
 never saw them is not; a network that is worse on them than any other is found out, too."""
 
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +8,10 @@ from fastai.callback.training import GradientClip
 
 from mri_unlearn.data.loaders import recon_dls
 from mri_unlearn.experiment.exposure import Knowledge, patient_rows, unseen_surprises
+from mri_unlearn.experiment.protocol import run_protocol
+from mri_unlearn.experiment.purge import purgeable
+from mri_unlearn.experiment.settings import prepare
+from mri_unlearn.machinery.disk import DataError, file_digest
 from mri_unlearn.network.learner import SkipValidation, recon_learner
 from mri_unlearn.network.weights import new_unet
 from mri_unlearn.phantom.simulate import simulate_dataset
@@ -117,3 +120,52 @@ def test_single_patients(traces, networks):
     assert rows['four'].flagged.sum() >= 2 and (rows['four'].surprise > 0).all()
     assert not rows['another'].flagged.any()
     assert rows['ga_ft'].flagged.any() and rows['ga_ft'].surprise[rows['ga_ft'].flagged].max() < 0
+
+
+SMALL = dict(epochs=1, rounds=1, steps=1, chans=2, pools=1, oracle_seeds=3, methods=('sub_ft',), study=())
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run with data of a user that was attacked after it was done; its files before that"
+    folder = tmp_path_factory.mktemp('attacked')
+    simulate_dataset(folder / 'data', 'tiny', progress=False)
+    about = dict(out=folder / 'run', data=folder / 'data', show=False, jobs=1, **SMALL)
+    run_protocol('tiny', **about)
+    before = {p: file_digest(p) for p in (folder / 'run').rglob('*') if p.is_file() and p.suffix in ('.csv', '.pt')}
+    run_protocol('tiny', shadows=2, **about)
+    return folder / 'run', before, about
+
+
+def test_attacks_can_be_added_to_a_run_that_is_done(run):
+    folder, before, _ = run
+    assert before == {p: file_digest(p) for p in before}  # tables and networks are as they were
+    assert (folder / 'privacy.csv').is_file() and 'Would an attacker find them?' in (folder / 'report.html').read_text()
+    assert '--privacy' not in (folder / 'report.html').read_text()
+
+
+def test_nobody_is_named_in_the_bank(run):
+    folder, _, _ = run
+    texts = [p.read_text() for p in folder.rglob('*') if p.suffix in ('.csv', '.json', '.html') and p.is_file()]
+    assert len(list(folder.glob('shadows/*/stages/*.csv'))) >= 2
+    for name in ('k0001', 'b0001', 'file1000001', 'multicoil_train'):
+        assert not any(name in text for text in texts), name
+
+
+def test_a_bank_is_not_trained_again(run):
+    folder, _, about = run
+    models = {p: p.stat().st_mtime_ns for p in folder.glob('shadows/*/models/*.pt')}
+    assert len(models) == 2
+    run_protocol('tiny', shadows=2, **about | dict(attacked=('sub_ft',)))
+    assert models == {p: p.stat().st_mtime_ns for p in folder.glob('shadows/*/models/*.pt')}
+
+
+def test_shadows_come_in_pairs():
+    with pytest.raises(DataError, match='an even number, found 3'):
+        prepare('tiny', dict(shadows=3))
+
+
+def test_weights_of_shadows_can_be_purged(run):
+    folder, _, _ = run
+    parts, foreign = purgeable(folder)
+    assert {'shadows'} <= {part.name for part in parts} and not [p for p in foreign if 'shadows' in p.parts]
