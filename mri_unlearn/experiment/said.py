@@ -11,28 +11,55 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .exposure import Knowledge, attack_rows, forgetting_worth, knowledge_of, patient_rows
-from .exposure import RELEARNED_ROWS, relearned_rows
+from mri_unlearn.experiment.exposure import (
+    BLUNT,
+    RELEARNED_ROWS,
+    Knowledge,
+    all_patient_rows,
+    attack_rows,
+    forgetting_knowledge,
+    forgetting_worth,
+    knowledge_of,
+    relearned_rows,
+)
 from .privacy import Attacks, attacked_networks
 from .shadows import ShadowBank
 from ..machinery.text import counted
-from ..verdict.names import patient_of
-from ..verdict.privacy import Evidence, auc_interval, largest_epsilon, strongest_sentence
+from ..verdict.privacy import Evidence, largest_epsilon, strongest_sentence
 from ..verdict.shadows import attack_worth, left_out_ratios
 
 # %% ../../nbs/80b_experiment.said.ipynb #5442563b
-def _of_population(attacks):
-    "Evidence of the attacks on all forgotten patients: error, against patients of the same organs"
-    rows = attacks[(attacks.statistic == 'error_db') & (attacks.knows == 'Oracles') & (attacks.against == 'kin')]
-    row = rows.iloc[0]
-    if row.word.startswith('like'):
+def _led(row, who):
+    "What one attack on all patients says; None where it does not say anything"
+    if row.word.startswith('found'):
+        return f'{who} by {row.lead:+.2f} dB (Oracles: ±{row.band:.2f}), AUC {row.auc:.2f}'
+    return None
+
+
+def _of_population(attacks, alone):
+    """Evidence of the attacks on all forgotten patients, by error
+
+    Against patients of the same organs; where nobody else taught these organs (`alone`), against everybody as well."""
+    rows = attacks[(attacks.statistic == 'error_db') & (attacks.knows == 'Oracles')].set_index('against')
+    kin, everybody = rows.loc['kin'], rows.loc['everybody']
+    looked = [(kin, 'forgotten patients lead others of their kind')] if kin.others else []
+    looked += [(everybody, 'the forgotten kind leads others')] if alone or not kin.others else []
+    said = [words for words in (_led(*look) for look in looked) if words]
+    if said:
+        return Evidence('population', False, ', '.join(said))
+    if all(row.word.startswith('like') for row, _ in looked):
         return Evidence('population', True)
-    said = f'forgotten patients lead by {row.lead:+.2f} dB (Oracles: ±{row.band:.2f}), AUC {row.auc:.2f}'
-    found = row.word.startswith('found')
-    return Evidence('population', False if found else None, said if found else f'the average attack ({row.word})')
+    return Evidence('population', None, f'the average attack ({looked[0][0].word})')
 
 
 WORTH = 0.7  # AUC on shadows below which an attack on single patients proves nothing
+
+# %% ../../nbs/80b_experiment.said.ipynb #c9f0a7b6
+def _stand_out(out, n):
+    "Who stands out, in words"
+    sides = {'remembered': out.surprise > 0, 'worse than by networks that never saw them': out.surprise < 0}
+    said = [(int(side.sum()), what) for what, side in sides.items() if side.any()]
+    return ', '.join(f'{counted(count, "patient")} of {n} stand out as {what}' for count, what in said)
 
 
 def _of_patients(rows, worth, power, epsilon):
@@ -42,23 +69,15 @@ def _of_patients(rows, worth, power, epsilon):
         return Evidence('shadows', None, 'single patients (too few shadows)')
     out = forgotten[forgotten.flagged]
     if len(out):
-        sides = dict(
-            zip(('remembered', 'worse than by networks that never saw them'), (out.surprise > 0, out.surprise < 0))
-        )
-        said = [
-            f'{counted(int(side.sum()), "patient")} of {len(forgotten)} stand out as {what}'
-            for what, side in sides.items()
-            if side.any()
-        ]
-        return Evidence('shadows', False, ', '.join(said))
+        return Evidence('shadows', False, _stand_out(out, len(forgotten)))
     if worth and worth['auc_low'] > 0.5:
-        return Evidence(
-            'shadows', False, f'shadows that forgot are told from shadows that never knew (AUC {worth["auc"]:.2f})'
-        )
+        said = f'shadows that forgot are told from shadows that never knew (AUC {worth["auc"]:.2f})'
+        return Evidence('shadows', False, said)
     if power < WORTH:
-        return Evidence(
-            'shadows', None, f'single patients (the attack hardly finds members of shadows: AUC {power:.2f})'
-        )
+        said = f'single patients (the attack hardly finds members of shadows: AUC {power:.2f})'
+        return Evidence('shadows', None, said)
+    if forgotten.spread.max() > BLUNT:
+        return Evidence('shadows', None, 'single patients (the network is too unlike the shadows to be judged by them)')
     return Evidence('shadows', True)
 
 # %% ../../nbs/80b_experiment.said.ipynb #94ebd6f4
@@ -97,16 +116,11 @@ class _Found(NamedTuple):
 
     traces: pd.DataFrame  # networks and shadows
     known: Knowledge
+    forgot: dict  # network -> `Knowledge`, of shadows that forgot as it did
     curves: pd.DataFrame  # columns `RELEARNED`
     worth: dict  # method -> dict of `attack_worth` with its interval
     where: dict  # network -> distance and barrier
     power: float  # AUC of the attack on single patients, on shadows
-
-
-def _with_interval(worth, patients):
-    "An AUC over shadows with its interval; shadows of one patient are what is counted, in pairs"
-    low, high = auc_interval(worth['auc'], max(worth['inside'], 1), max(worth['outside'], 1))
-    return worth | dict(auc_low=low, auc_high=high, patients=patients)
 
 
 def read_looks(
@@ -120,20 +134,22 @@ def read_looks(
     theirs = pd.concat([bank.run.veil.back(t, bank.volumes) for t in bank.run.tables('traces')])
     theirs = theirs.assign(split=theirs.volume.map(split)).dropna(subset='split')
     traces = pd.concat([own, theirs], ignore_index=True)
-    patients = patient_of(attacks.part('forget').assign(volume=attacks.part('forget').fname)).nunique()
-    worth = {f.network.stage: _with_interval(forgetting_worth(f)[0], patients) for f in forgetting}
+    forgot = {f.network.stage: forgetting_knowledge(f, own) for f in forgetting}
+    worth = {name: forgetting_worth(k) for name, k in forgot.items()}
     where = {n.stage: arm.run.read(f'relearn_{n.stage}') for n in attacks.networks}
     known = knowledge_of(traces, bank)
-    own = _shadow_rows(known, {})
-    power = float(own.auc.iloc[0]) if len(own) else 0.0
-    return _Found(traces, known, pd.concat(arm.run.tables('relearned')), worth, where, power)
+    truth = _shadow_rows(known, {})
+    power = float(truth.auc.iloc[0]) if len(truth) else 0.0
+    return _Found(traces, known, forgot, pd.concat(arm.run.tables('relearned')), worth, where, power)
 
 # %% ../../nbs/80b_experiment.said.ipynb #30d167eb
 def _network_evidence(found, name, attacks, patients, relearned, epsilon):
     "What was found about one network"
     rows = patients[patients.network == name]
+    organs = {side: set(rows.organ[rows.split == f'{side}_train']) for side in ('forget', 'retain')}
+    alone = not organs['forget'] <= organs['retain']
     return [
-        _of_population(attacks[attacks.network == name]),
+        _of_population(attacks[attacks.network == name], alone),
         _of_patients(rows, found.worth.get(name), found.power, epsilon),
         _of_relearning(relearned[relearned.network == name]),
     ]
@@ -173,7 +189,8 @@ def privacy_tables(
     oracles, names = attacks.judges, [n.stage for n in attacks.networks]
     rows = [row for name in names for row in attack_rows(found.traces, found.known, name, oracles, bank)]
     populations = pd.DataFrame(rows)
-    patients = pd.concat([patient_rows(found.known, name).assign(network=name) for name in names], ignore_index=True)
+    each = [all_patient_rows(found.known, n, found.forgot.get(n)).assign(network=n) for n in names]
+    patients = pd.concat(each, ignore_index=True)
     relearned = pd.DataFrame(relearned_rows(found.curves, oracles), columns=RELEARNED_ROWS)
     inside = int(found.known.inside[found.known.inside.any(axis=1)].sum(axis=1).min())
     judged = ['original', *(n.stage for n in attacked_networks(attacks.settings))]

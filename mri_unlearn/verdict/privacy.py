@@ -275,7 +275,7 @@ def strongest_sentence(
     against = [e.detail for e in evidence if e.holds is False]
     held = [SENTENCES[e.kind].format(**about) for e in evidence if e.holds]
     open_ = [e.detail or e.kind for e in evidence if e.holds is None]
-    parts = [f'Not forgotten: {"; ".join(against)}'] if against else []
+    parts = [f'Found by an attacker: {"; ".join(against)}'] if against else []
     parts += [f'{"What held" if against else "Shown"}: {"; ".join(held)}'] if held else []
     parts += [f'Not decided: {"; ".join(open_)}'] if open_ else []
     return '. '.join([*parts, NO_CERTIFICATE]) + '.'
