@@ -21,7 +21,7 @@ from ..experiment.privacy import privacy_arms
 from ..experiment.said import write_privacy
 from ..experiment.settings import Settings, prepare
 from ..experiment.surroundings import at_work
-from ..machinery.disk import DataError
+from ..machinery.disk import DataError, data_digest, file_digest
 from ..network.weights import MARKS, unwrapped
 from ..show.exposure import exposure_figures
 from ..show.figures import save_figure
@@ -89,13 +89,19 @@ class RequestArm(Arm):
         veil: Veil,  # of the record
     ):
         known = ['retain_train', 'retain_test', 'forget_train', 'forget_test']
-        super().__init__(Path(folder) / 'privacy', settings, splits[splits.split.isin(known)], veil)
         self.folder, self.job = Path(folder), job
+        looked = [file_digest(self._file(name)) for name in ('original', 'unlearned')] + list(
+            map(file_digest, job.oracles)
+        )
+        out = Path(folder) / 'privacy' / data_digest(looked)[:12]  # other networks are other looks
+        super().__init__(out, settings, splits[splits.split.isin(known)], veil)
+
+    def _file(self, kind):
+        return self.folder / dict(original='before.pt', unlearned='unlearned.pt')[kind]
 
     def network(self, name: NetworkName):  # as of other arms
         "The network of that name with its weights"
-        files = dict(original=self.folder / 'before.pt', unlearned=self.folder / 'unlearned.pt')
-        path = self.job.oracles[name.seed] if name.kind == 'oracle' else files[name.kind]
+        path = self.job.oracles[name.seed] if name.kind == 'oracle' else self._file(name.kind)
         return network_of_job(self.job, path)
 
     def stage(self, name, needs, work, run, *args) -> Stage:  # as of other arms
@@ -118,6 +124,7 @@ def _recorded(tables, bank, method):
     said = {name: json.loads(r[list(numbers)].to_json()) for name, r in dict(before=before, after=after).items()}
     return dict(
         sentence=after.sentence,
+        compared_with=after.compared_with,
         evidence=json.loads(after.evidence),
         **said,
         shadows=int(after.shadows),
@@ -147,6 +154,9 @@ def attack_request(
         )
     settings = attack_settings(job, network_of_job(job, folder / 'before.pt'), shadows, **training)
     arm, home = RequestArm(folder, job, settings, splits, veil), Path(bank or folder.parent / 'shadows')
+    for place in map(Path, job.data):
+        if place.resolve() in (home.resolve(), *home.resolve().parents):
+            raise DataError(f'{home}: lies among the scans of {place}; name another folder for the shadows with --bank')
     arms = privacy_arms(arm, home)
     with at_work(home, job.data):
         for one in arms:

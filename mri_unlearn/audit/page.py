@@ -282,7 +282,8 @@ def _filled(folder, record):
     if run:
         found |= dict(done=_done_said(check, run), scores=_score_rows(run), figures=_pictures(folder))
         found |= dict(oracles=run['verdict'].get('oracles'))
-    found |= _under_attack(folder, run and verify)
+    looks = [entry for entry in record['entries'] if entry.get('privacy') and run and entry['at'] >= run['at']]
+    found |= _under_attack(folder, looks[-1] if looks else None)
     return found | dict(picture=_picture, style=Markup(_STYLE))
 
 # %% ../../nbs/88h_audit.page.ipynb #7c5a1985

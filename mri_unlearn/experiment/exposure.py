@@ -82,13 +82,17 @@ def knowledge_of(
 BLUNT = 2.0  # spread of a network among never-seen patients beyond which its surprises prove nothing
 
 
+def _rms(z):
+    "Size of the usual surprise: by squares or by the median, the smaller one; one odd patient does not blunt it"
+    return min(float(np.sqrt((z**2).mean())), 1.4826 * float(np.median(np.abs(z))))
+
+
 def _spread(z):
     "Spread of the surprises of a network about never-seen patients, by row; at least 1"
-    unseen = z[z.index.get_level_values('split').isin(['retain_test', 'forget_test'])]
-    by_organ = unseen.groupby(level='organ').apply(lambda x: float(np.sqrt((x**2).mean())) if len(x) > 2 else np.nan)
-    usual = float(np.sqrt((unseen**2).mean())) if len(unseen) else 1.0
-    organs = z.index.get_level_values('organ')
-    return np.array([max(1.0, by_organ.get(o, np.nan) if by_organ.get(o, np.nan) > 0 else usual) for o in organs])
+    unseen = z[z.index.get_level_values('split').isin(['retain_test', 'forget_test'])].dropna()
+    usual = _rms(unseen) if len(unseen) else 1.0
+    own = {organ: _rms(x) for organ, x in unseen.groupby(level='organ') if len(x) > 2}
+    return np.array([max(1.0, own.get(organ, usual)) for organ in z.index.get_level_values('organ')])
 
 
 def patient_rows(
@@ -100,7 +104,8 @@ def patient_rows(
     own, original = known.scores[network], known.scores.get('original', known.scores[network])
     z = surprise(worlds, own)
     table = pd.DataFrame(dict(surprise=z, ratio=likelihood_ratios(worlds, own)))
-    table['p'] = conformal_p(z / _spread(z), known.unseen) if len(known.unseen) else np.nan
+    freedom = min(worlds.freedom, 10.0)  # the tail beyond all unseen ones
+    table['p'] = conformal_p(z / _spread(z), known.unseen, freedom) if len(known.unseen) else np.nan
     table['spread'], table['flagged'] = _spread(z), False
     for split in ('forget_train', 'retain_train'):
         rows = table.index.get_level_values('split') == split
@@ -144,8 +149,9 @@ def forgetting_knowledge(
     "What an attacker knows whose shadows were made to forget as the network was"
     bank, name = forgetting.bank, forgetting.network.stage
     own = traces[(traces.network == name) & traces.volume.isin(forgetting.judged.fname)]
-    raw = patient_table(pd.concat([own, *(forgetting.table(k) for k in bank.halves)]))
-    scores, inside, names = centred(-raw), _inside(raw.index, bank), [shadow_name(k) for k in bank.halves]
+    usable = forgetting.usable()
+    raw = patient_table(pd.concat([own, *(forgetting.table(k) for k in usable)]))
+    scores, inside, names = centred(-raw), _inside(raw.index, bank), [shadow_name(k) for k in usable]
     unseen = np.zeros(0) if len(names) < 4 else unseen_surprises(scores[names], inside[names])
     return Knowledge(scores, raw, inside, names, unseen)
 
@@ -159,7 +165,7 @@ def forgetting_worth(
     ratios = left_out_ratios(known.scores[known.shadows], known.inside[known.shadows])
     forgotten = ratios.index.get_level_values('split') == 'forget_train'
     worth = attack_worth(ratios[forgotten], known.inside[forgotten])
-    n = max(int(forgotten.sum()), worth['inside'] // max(int(forgotten.sum()), 1))
+    n = max(int(forgotten.sum()), worth['inside'] // max(int(forgotten.sum()), 1), 1)
     low, high = auc_interval(worth['auc'], n, n)
     return worth | dict(auc_low=low, auc_high=high)
 
@@ -191,8 +197,6 @@ def relearned_rows(
     rows, start = [], curves[(curves.network == 'original') & (curves.slices == 0)].level_db.mean()
     for (source, scans, lr), trial in curves.groupby(['source', 'scans', 'lr'], sort=False):
         levels = trial.pivot(index='network', columns='slices', values='level_db')
-        if any(name.startswith('shadow') for name in oracles):  # with half of the data: only gains can be compared
-            levels, start = levels.sub(levels[0], axis=0), float('nan')
         looks = [n for n in levels if n]
         theirs = [levels.loc[name].tolist() for name in oracles if name in levels.index]
         for name in levels.index:

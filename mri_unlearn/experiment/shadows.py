@@ -58,7 +58,9 @@ class _Known:
         stamps = [self.veil.of('content', content_stamp(path)) for path in rows.path]
         scans = [[self.veil.file(name), stamp, bool(t)] for name, stamp, t in zip(rows.fname, stamps, rows.trained)]
         about = dict(shadows=self.settings.extras.shadows, seed=self.settings.seed, masks=MASKS_OF_TRACES)
-        return dict(settings=decides | about, scans=data_digest(scans), pseudonyms=self.veil.key)
+        who = [[self.veil.of('person', name), *map(bool, inside)] for name, *inside in self.halves.itertuples()]
+        digests = dict(scans=data_digest(scans), halves=data_digest(sorted(who)))
+        return dict(settings=decides | about, pseudonyms=self.veil.key) | digests
 
 # %% ../../nbs/78a_experiment.shadows.ipynb #f4e045bc
 class _Bank(_Known):
@@ -191,13 +193,22 @@ class _AfterRequest:
         return self.splits[inside | self.splits.split.str.endswith('test')]
 
 # %% ../../nbs/78a_experiment.shadows.ipynb #de3c6398
-class ForgettingShadows(_AfterRequest):
-    "Shadows after a request, in the folder of their bank"
+class _Touched(_AfterRequest):
+    "Which shadows a request is about"
 
     def touched(self) -> list:  # numbers of shadows
         "Which shadows hold patients of the request, and others besides"
         sides = {'forget_train', 'retain_train'}
         return [k for k in self.bank.halves if sides <= set(self.seen_by(k).split)]
+
+    def usable(self) -> list:  # numbers of shadows
+        "Those, and the shadows that never saw any of them; without the others, which cannot be made to forget"
+        inside = {k: set(self.seen_by(k).split) for k in self.bank.halves}
+        return [k for k, sides in inside.items() if 'forget_train' not in sides or 'retain_train' in sides]
+
+# %% ../../nbs/78a_experiment.shadows.ipynb #0c3a5213
+class ForgettingShadows(_Touched):
+    "Shadows after a request, in the folder of their bank"
 
     def table(self, number) -> pd.DataFrame:  # of a shadow
         "Its traces on forgotten and never-seen volumes, before the request where there was nothing to forget"

@@ -210,7 +210,7 @@ TEXT_COLUMNS = frozenset(  # of all tables; the other columns hold numbers, or T
     'path folder fname volume patient_id patient study site acquisition organ split source lesions content model '
     'method trained_on tested_on side by group reference alarm flagged passes flag verdict note kind word '
     'mechanism forget_split query reason request settings third body_part severity text '
-    'network statistic knows against sentence evidence attacked'.split()
+    'network statistic knows against sentence evidence attacked measure compared_with'.split()
 )
 
 

@@ -135,7 +135,8 @@ def plot_relearning(
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     low = curves[~curves.network.str.contains('ga')].level_db.min()  # a collapsed network would squeeze the others
     axs[0, 0].set_ylim(min(low, 0) - 1, curves.level_db.max() + 0.5)
-    axs[0, 0].set_ylabel('level on forgotten scans, dB')
+    beside = 'measure' in curves and not curves.measure.eq('level').any()
+    axs[0, 0].set_ylabel('forgotten scans above strangers, dB' if beside else 'level on forgotten scans, dB')
     axs[0, 0].legend(fontsize=7)
     return fig
 

@@ -26,14 +26,19 @@ def shadow_halves(
     if shadows < 2 or shadows % 2:
         raise DataError(f'shadows come in pairs, expected an even number of at least 2, found {shadows}')
     rng, columns = np.random.default_rng(seed), {}
-    patients = patients.sort_index()
+    patients = patients.fillna('').sort_index()
     for i in range(0, shadows, 2):
         inside = pd.Series(False, index=patients.index)
         for _, group in patients.groupby(patients):
             more = len(group) % 2 and int(rng.integers(2))  # whom an odd number falls to
             inside[rng.permutation(group.index)[: len(group) // 2 + more]] = True
         columns |= {i: inside, i + 1: ~inside}
-    return pd.DataFrame(columns)
+    found = pd.DataFrame(columns)
+    if not found.any().all():
+        raise DataError(
+            f'{len(patients)} patients of {patients.nunique()} kinds leave a shadow without anybody: too few'
+        )
+    return found
 
 # %% ../../nbs/60b_verdict.shadows.ipynb #58d257c9
 def centred(
@@ -179,10 +184,10 @@ def completeness(
     original: pd.Series,  # scores of the Original, centred
     unlearned: pd.Series,  # scores of the network after unlearning, centred
     points: int = 20,  # between never seen and Original
-) -> pd.Series:  # near 1: as if never seen, or worse than that; near 0: as the Original; 0.5: cannot be told
+) -> pd.Series:  # near 1: as if never seen, or worse; near 0: as the Original; 0.5: cannot be told; NaN: not remembered
     "How far the forgetting of each patient has come, with the scatter of networks in mind (arXiv 2506.06112)"
     alphas, total = np.linspace(1 / points, 1, points), 0.0
     for alpha in alphas:
         there = worlds.outside + alpha * (original - worlds.outside)
         total = total + alpha * stats.t.cdf((unlearned - there) / worlds.out_scale, worlds.freedom)
-    return pd.Series(1 - total / alphas.sum(), index=unlearned.index)
+    return pd.Series(1 - total / alphas.sum(), index=unlearned.index).where(original > worlds.outside)
