@@ -162,6 +162,7 @@ RANGES = (  # of the settings of this package's methods, by their names
     | dict.fromkeys(('noise_seed', 'teacher_seed', 'proxy_seed', 'reset_seed'), SEED)
     | dict.fromkeys(('n', 'k', 'proxies'), COUNT)
     | dict.fromkeys(('share', 'msteps', 'mix'), Number(0, 1))
+    | dict(scrub=Number(0, 10))
     | dict.fromkeys(('level', 'shadow_level'), Number(-1_000, 1_000))  # dB
     | dict.fromkeys(('peak', 'memory_peak', 'proxy_lr', 'damping', 'lr'), RATE)
     | dict.fromkeys(('of', 'which', 'part', 'moves', 'kind'), Word())  # which words, the method knows
