@@ -85,6 +85,7 @@ from .unlearn.level import *
 from .unlearn.path import *
 from .unlearn.spare import *
 from .unlearn.aim import *
+from .unlearn.scrub import *
 from .unlearn.proxy import *
 from .unlearn.method_checks import *
 
@@ -111,6 +112,7 @@ from .show.plots import *
 from .show.report import *
 from .show.sections import *
 from .show.checks import *
+from .show.exposure import *
 from .show.page import *
 from .show.sliders import *
 from .show.view import *
@@ -122,8 +124,12 @@ from .experiment.records import *
 from .experiment.runs import *
 from .experiment.networks import *
 from .experiment.arms import *
+from .experiment.shadows import *
+from .experiment.privacy import *
 from .experiment.extras import *
 from .experiment.tables import *
+from .experiment.exposure import *
+from .experiment.said import *
 from .experiment.protocol import *
 from .experiment.dryrun import *
 from .experiment.tuning import *
@@ -141,6 +147,7 @@ from .audit.running import *
 from .audit.after import *
 from .audit.page import *
 from .audit.view import *
+from .audit.exposure import *
 
 # %% ../nbs/99_all.ipynb #95171fe4
 __all__ = [name for name in globals() if not name.startswith('_')]

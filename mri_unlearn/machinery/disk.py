@@ -52,6 +52,16 @@ def _count_of_processes():
     return hashlib.sha256(about.encode()).hexdigest()[:6]
 
 
+def _has_ended(number):
+    "Whether a process has ended; one that nobody has waited for yet has ended, too"
+    try:
+        return psutil.Process(number).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
 def _half_name(path):
     "A temporary name for `path` that nobody else has"
     return f'.{path.stem[:100]}.part{_count_of_processes()}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}'
@@ -64,7 +74,7 @@ def _leftovers(path):
         owner = re.match(r'([0-9a-f]{6})-(\d+)-', half.name[len(start) :])
         try:
             found = half.lstat()
-            gone = owner and owner[1] == here and not psutil.pid_exists(int(owner[2]))
+            gone = owner and owner[1] == here and _has_ended(int(owner[2]))
             if stat.S_ISREG(found.st_mode) and (gone or time.time() - found.st_mtime > _DAY):
                 half.unlink()
         except OSError:
