@@ -135,6 +135,7 @@ class _Found(NamedTuple):
     where: dict  # network -> distance and barrier
     power: float  # AUC of the attack on single patients, on shadows
     whom: str  # what the networks are compared with
+    far: float  # how far these lie from the Original in the space of weights, a mean; NaN: not measured
 
 
 def read_looks(
@@ -150,12 +151,14 @@ def read_looks(
     traces = pd.concat([own, theirs], ignore_index=True)
     forgot = {f.network.stage: forgetting_knowledge(f, own) for f in forgetting}
     worth = {name: forgetting_worth(k) for name, k in forgot.items()}
-    where = {n.stage: arm.run.read(f'relearn_{n.stage}') for n in attacks.networks}
+    where = {name: arm.run.read(f'relearn_{name}') for name in attacks.relearners()}
+    far = [where[name]['distance'] for name in attacks.judges if name in where]
+    far = sum(far) / len(far) if far else float('nan')
     known = knowledge_of(traces, bank)
     truth = _shadow_rows(known, {})
     power = float(truth.auc.iloc[0]) if len(truth) else 0.0
     whom = 'shadows without them' if any(n.startswith('shadow') for n in attacks.judges) else 'Oracles'
-    return _Found(traces, known, forgot, pd.concat(arm.run.tables('relearned')), worth, where, power, whom)
+    return _Found(traces, known, forgot, pd.concat(arm.run.tables('relearned')), worth, where, power, whom, far)
 
 # %% ../../nbs/80b_experiment.said.ipynb #30d167eb
 def _network_evidence(found, name, attacks, patients, relearned, epsilon):
@@ -205,6 +208,7 @@ def _said_of(found, name, attacks, patients, relearned, inside):
         epsilon=epsilon,
         compared_with=found.whom,
         **{k: v for k, v in found.where[name].items() if k in ('distance', 'barrier_db')},
+        oracle_distance=found.far,  # of the networks that it is compared with
     )
 
 # %% ../../nbs/80b_experiment.said.ipynb #14ab2e4f

@@ -251,8 +251,11 @@ def _lying_said(table):
     "Where networks lie in the space of weights"
     if 'distance' not in table or not len(table):
         return ''
-    parts = [f'{_label(r.network)} {r.distance:.0f} away, barrier {r.barrier_db:.1f} dB' for r in table.itertuples()]
-    return 'In the space of weights, from the Original: ' + '; '.join(parts) + '.'
+    rows = [r for r in table.itertuples() if r.network != 'original']
+    parts = [f'{_label(r.network)} {r.distance:.0f}, barrier {r.barrier_db:.1f} dB' for r in rows]
+    far = table.oracle_distance.iloc[0] if 'oracle_distance' in table else float('nan')
+    others = '' if pd.isna(far) else f' (networks that never saw them lie {far:.0f} away)'
+    return f'Distance from the Original in the space of weights{others}: ' + '; '.join(parts) + '.'
 
 
 @section(
