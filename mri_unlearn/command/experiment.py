@@ -40,12 +40,15 @@ def protocol_settings(
 ) -> dict:  # name of a setting -> value; None: as the preset says
     "The settings that the options replace"
     from mri_unlearn.experiment.settings import full_settings
+    from mri_unlearn.machinery.disk import DataError
 
     reason = args.reason
     if reason is None and args.forget:
         reason = ''  # the preset's reason belongs to its own query
     settings = dict(query=args.forget, reason=reason, fraction=args.retain_fraction)
     settings |= {k: getattr(args, k) for k in SETTINGS} | dict(allow_mixed=args.allow_mixed or None)
+    if args.privacy and settings['shadows'] == 0:
+        raise DataError('--privacy rests on shadows, and --shadows 0 asks for none: leave one of them out')
     if args.privacy and settings['shadows'] is None:
         settings['shadows'] = full_settings()['shadows']
     if args.full:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pandas as pd
 
 from mri_unlearn.experiment.exposure import (
-    BLUNT,
     RELEARNED_ROWS,
     Knowledge,
     all_patient_rows,
@@ -26,7 +25,7 @@ from .privacy import Attacks, attacked_networks
 from .shadows import ShadowBank
 from ..machinery.text import counted
 from ..verdict.privacy import Evidence, largest_epsilon, strongest_sentence
-from ..verdict.shadows import attack_worth, left_out_ratios
+from ..verdict.shadows import BLUNT, attack_worth, left_out_ratios
 
 # %% ../../nbs/80b_experiment.said.ipynb #5442563b
 def _led(row, who, whom):
