@@ -286,8 +286,8 @@ def check_volumes(
     path = run.out / 'volumes.csv'
     differ = _changes(read_csv(path), as_written(splits, run.veil)) if os.path.lexists(path) else {}
     if differ:
-        name, what = next(iter(differ.items()))
-        name = {run.veil.of('scan', fname): fname for fname in splits.fname}.get(name, name)
+        names = {run.veil.of('scan', fname): fname for fname in splits.fname}
+        name, what = min((names.get(name, name), what) for name, what in differ.items())
         more = f'; and {len(differ) - 1} more' if len(differ) > 1 else ''
         raise DataChanged(
             f'{path}: the data have changed since this run began ({name} {what}{more}); put the files back as they '
