@@ -61,6 +61,7 @@ from .network.own_weights import *
 from .network.lightning import *
 from .network.forms import *
 from .network.factory import *
+from .network.optimizer import *
 from .network.finite import *
 from .network.learner import *
 from .network.adapter import *

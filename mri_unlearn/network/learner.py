@@ -19,7 +19,6 @@ from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import *  # patches fit_one_cycle and lr_find onto Learner
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, Metric, Recorder
-from fastai.optimizer import Adam
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
@@ -31,6 +30,7 @@ from ..machinery.disk import DataError
 from .lineage import KeepOut
 from .finite import StayFinite, check_images, check_rate
 from .metrics import nmse, paper_loss_slices, psnr, ssim
+from .optimizer import ListAdam
 from .weights import new_unet, new_varnet
 
 # %% ../../nbs/40_network.learner.ipynb #36a30111
@@ -325,7 +325,7 @@ def recon_learner(
         model = new_unet(0) if input == 'image' else new_varnet(0)
     loss = as_loss(kwargs.pop('loss_func', loss), input)  # fastai's name for it
     metrics = volume_metrics() if metrics is None else metrics
-    opt_func = kwargs.pop('opt_func', Adam)
+    opt_func = kwargs.pop('opt_func', ListAdam)
     learn = Learner(dls, model, loss_func=loss, lr=lr, metrics=metrics, opt_func=opt_func, **kwargs)
     return learn.add_cbs([StayFinite(), TableColumns(), KeepOut()])
 
