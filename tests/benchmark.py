@@ -12,18 +12,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
+from torch.nn.functional import l1_loss
 
 from mri_unlearn.data.header import Header
 from mri_unlearn.data.loaders import ReconDL
 from mri_unlearn.data.slices import SliceDataset
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.data.writing import write_volume
-from mri_unlearn.network.metrics import volume_scores
+from mri_unlearn.network.metrics import paper_loss_slices, volume_scores
+from mri_unlearn.network.optimizer import ListAdam
+from mri_unlearn.network.unet import UNet, set_precision
+from mri_unlearn.network.varnet import VarNet
+from mri_unlearn.signal.kspace import center_crop
 from mri_unlearn.signal.masks import mask_func
 
 try:
@@ -31,6 +37,9 @@ try:
     from fastmri.data.subsample import EquiSpacedMaskFunc
     from fastmri.data.transforms import UnetDataTransform
     from fastmri import evaluate as fastmri_evaluate
+    from fastmri.losses import SSIMLoss
+    from fastmri.models import Unet as FastMRIUnet
+    from fastmri.models import VarNet as FastMRIVarNet
 except ImportError as e:
     sys.exit(
         f'{e}. This compares with fastMRI 0.3, which needs none of its heavier dependencies here: '
@@ -214,7 +223,95 @@ def memory(folder, a):
         )
 
 
-PARTS = dict(loading=loading, indexing=indexing, scoring=scoring, memory=memory)
+def networks_of(a):
+    "What is trained: name -> (sizes, fastMRI's network, ours, inputs of theirs, inputs of ours, target)"
+    device, torch_c = a.device, torch.complex64
+    large = device != 'cpu'
+    draw = torch.Generator(device).manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=draw, device=device)
+
+    (bs, n, chans), (coils, h, w, cascades, wide) = (
+        ((8, 320, 32), (15, 640, 368, 12, 18))
+        if large
+        else (
+            (1, 320, 32),
+            (4, 192, 110, 3, 6),
+        )
+    )
+    image, target = noise(bs, 1, n, n), noise(bs, n, n).abs()
+    kspace, mask = torch.view_as_complex(noise(1, coils, h, w, 2)), torch.zeros(w, dtype=torch.bool, device=device)
+    mask[::4] = mask[w // 2 - w // 24 : w // 2 + w // 24] = True
+    kspace, crop = kspace * mask, (min(h, 320), min(w, 320))
+    size = dict(num_cascades=cascades, chans=wide, pools=4, sens_chans=8, sens_pools=4)
+    unets = [net(in_chans=1, out_chans=1, chans=chans, num_pool_layers=4) for net in (FastMRIUnet, UNet)]
+    varnets = [net(**size) for net in (FastMRIVarNet, VarNet)]
+    for theirs, ours in (unets, varnets):
+        ours.load_state_dict(theirs.state_dict())
+        theirs.to(device), ours.to(device)
+    about = torch.view_as_real(kspace), mask.view(1, 1, 1, -1, 1), None
+    assert kspace.dtype == torch_c
+    return {
+        f'U-Net {chans} channels, {bs} of {n}×{n}': (*unets, (image,), (image,), target),
+        f'VarNet {cascades} cascades, {coils}×{h}×{w}': (
+            *varnets,
+            about[:2],
+            (kspace, mask.view(1, 1, 1, -1)),
+            noise(1, *crop).abs(),
+        ),
+    }
+
+
+def step_of(net, inputs, target, loss, opt):
+    "A step of training as a function without arguments, which waits until a GPU is done"
+
+    def step():
+        opt.zero_grad()
+        image = net(*inputs)
+        image = center_crop(image[:, 0] if image.ndim == 4 else image, target.shape[-2:])
+        loss(image, target).backward()
+        opt.step()
+        if target.is_cuda:
+            torch.cuda.synchronize()
+
+    step()
+    step()
+    return step
+
+
+def training(folder, a):
+    "Steps of training, without loading: network, loss, backward pass and optimiser"
+    a.device = 'cuda' if a.gpu else 'cpu'
+    if a.gpu:
+        print(f'GPU: {torch.cuda.get_device_name()}; fastMRI and ours in float32 as torch computes it by default')
+    for name, (theirs, ours, x, z, target) in networks_of(a).items():
+        varnet, top = 'VarNet' in name, target.amax((1, 2))
+        ssim_loss = SSIMLoss().to(target.device)
+        their_loss = (lambda p, t: ssim_loss(p[:, None], t[:, None], data_range=top)) if varnet else l1_loss
+        our_loss = (lambda p, t: paper_loss_slices(p, t, top).mean()) if varnet else l1_loss
+        their_opt = (torch.optim.Adam if varnet else torch.optim.RMSprop)(theirs.parameters(), lr=1e-6)
+        base = step_of(theirs, x, target, their_loss, their_opt)
+        ways = {'float32': ours}
+        if a.gpu:
+            ways |= {'bfloat16 inside of U-Nets': set_precision(deepcopy(ours), torch.bfloat16)}
+            ways |= {f'{way}, U-Nets compiled': compiled(net) for way, net in list(ways.items())}
+        for way, net in ways.items():
+            mine = step_of(net, z, target, our_loss, ListAdam([list(net.parameters())], lr=1e-6))
+            b, o = seconds(3 * a.repeats, base, mine)
+            row(f'step of {name}, {way}', b * 1e3, o * 1e3, b / o, None, 'ms')
+
+
+def compiled(net):
+    "A copy whose U-Nets are compiled, for one shape"
+    net = deepcopy(net)
+    for m in net.modules():
+        if isinstance(m, UNet):
+            m.forward = torch.compile(m.forward, dynamic=False)
+    return net
+
+
+PARTS = dict(loading=loading, indexing=indexing, scoring=scoring, training=training, memory=memory)
 
 
 def main():
@@ -227,10 +324,13 @@ def main():
     p.add_argument('--batch', type=int, default=4, help='slices in a batch')
     p.add_argument('--repeats', type=int, default=5)
     p.add_argument('--threads', type=int, default=1, help='of torch in the main process')
+    p.add_argument('--gpu', action='store_true', help='train on the GPU, at the sizes of fastMRI')
     p.add_argument('--folder', help='where the temporary files go (about 1.4 GB)')
     a = p.parse_args()
     if set(a.parts) - set(PARTS):
         p.error(f'unknown part {sorted(set(a.parts) - set(PARTS))[0]}: expected some of {", ".join(PARTS)}')
+    if a.gpu and not torch.cuda.is_available():
+        p.error('--gpu: torch finds no GPU here')
     torch.set_num_threads(a.threads)
     print(f'torch {torch.__version__}, {os.cpu_count()} cores, {a.threads} threads, medians of {a.repeats}\n')
     print(ROW.format('', 'fastMRI', 'mri_unlearn', 'ratio', ''))
