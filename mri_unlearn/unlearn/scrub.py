@@ -13,6 +13,7 @@ from fastai.callback.core import Callback
 
 from ..data.slices import Targets
 from ..network.learner import to_image
+from ..network.optimizer import TorchAdamW
 from .core import BatchPlan
 from .path import Settle, rms_distance
 from .teachers import FORWARD, mirrored, one_cycle, spend, timed
@@ -62,12 +63,11 @@ class Scrub(Callback):
         ds = self.dls.train_ds
         sides = [[i for i, (v, _) in enumerate(ds.items) if ds.forget[v] == forget] for forget in (False, True)]
         steps = max(1, int(self.work * self.learn.budget / (2 * (1 + FORWARD))))
-        opt, schedule = torch.optim.Adam(trained, lr=self.peak), one_cycle(self.peak)
+        opt, schedule = TorchAdamW(trained, self.peak, wd=0), one_cycle(self.peak)
         plan = BatchPlan(*sides, 2, steps, self.seed, ds.shape)
         for i, batch in enumerate(self.dls.train.new(order=plan, seed=self.seed)):
             x, y = mirrored(batch[: ds.n_inp], Targets(*batch[ds.n_inp :]), (self.seed << 20) + i, ds.input)
-            for group in opt.param_groups:
-                group['lr'] = schedule(i / (steps * plan.parts))
+            opt.set_hyper('lr', schedule(i / (steps * plan.parts)))
             with torch.no_grad():
                 wanted = to_image(teacher(*x), y, ds.input)
             opt.zero_grad()

@@ -25,6 +25,7 @@ from ..data.loaders import buckets
 from ..machinery.disk import DataError
 from ..network.fresh import fresh
 from ..network.learner import to_image
+from ..network.optimizer import TorchAdamW
 from ..network.parts import has_fastmri_names
 from ..signal.kspace import fft2c, ifft2c
 from .core import BatchPlan, LossTerm
@@ -263,11 +264,10 @@ def train_proxy(
     if not retain:
         raise DataError('a proxy needs retained slices; there are none at hand')
     steps, proxy = max(1, int(slices)), fresh(learn.model, part, seed, seen_batch(learn)).train()
-    opt, schedule = torch.optim.AdamW([p for p in proxy.parameters() if p.requires_grad], lr=lr), one_cycle(lr)
+    opt, schedule = TorchAdamW([p for p in proxy.parameters() if p.requires_grad], lr), one_cycle(lr)
     passes = dl.new(order=BatchPlan(retain, [], 1, steps, seed, ds.shape), seed=seed)
     for i, batch in enumerate(passes):
-        for group in opt.param_groups:
-            group['lr'] = schedule(i / steps)
+        opt.set_hyper('lr', schedule(i / steps))
         x, y = mirrored(batch[: ds.n_inp], Targets(*batch[ds.n_inp :]), (seed << 20) + i, ds.input)
         opt.zero_grad()
         learn.loss_func.per_item(proxy(*x), *y).mean().backward()
