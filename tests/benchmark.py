@@ -311,7 +311,40 @@ def compiled(net):
     return net
 
 
-PARTS = dict(loading=loading, indexing=indexing, scoring=scoring, training=training, memory=memory)
+def steps_of_sizes(a):
+    "Seconds of a step and of an answer of our U-Net: (channels, side, seconds to train on a slice, seconds to answer)"
+    device = 'cuda' if a.gpu else 'cpu'
+    found = []
+    for chans, side in ((8, 96), (8, 160), (8, 320), (16, 160), (32, 160)):
+        net, x = UNet(chans=chans).to(device), torch.randn(1, 1, side, side, device=device)
+        step = step_of(net, (x,), x[:, 0], l1_loss, ListAdam([list(net.parameters())], lr=1e-6))
+
+        @torch.no_grad()
+        def answer(net=net, x=x):
+            net(x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+
+        found.append((chans, side, *seconds(3 * a.repeats, step, answer)))
+    return found
+
+
+def scale(folder, a):
+    "How time grows: with the size of images and networks, with the number of files"
+    print('\n   channels  side   ms to train on a slice   ms to answer')
+    found = {(chans, side): times for chans, side, *times in steps_of_sizes(a)}
+    for (chans, side), times in found.items():
+        print(f'   {chans:8d} {side:5d} {times[0] * 1e3:24.1f} {times[1] * 1e3:14.1f}')
+
+    def power(of, one, other):
+        "Exponent of what changed, from two measurements"
+        return np.log(found[other][0] / found[one][0]) / np.log(of)
+
+    print(f'   time to train ~ pixels^{power((320 / 96) ** 2, (8, 96), (8, 320)):.2f}', end='')
+    print(f', ~ channels^{power(4, (8, 160), (32, 160)):.2f}')
+
+
+PARTS = dict(loading=loading, indexing=indexing, scoring=scoring, training=training, scale=scale, memory=memory)
 
 
 def main():
