@@ -6,6 +6,7 @@
 __all__ = ['buckets', 'neighbours', 'ReconDL', 'recon_dls', 'request_dls']
 
 # %% ../../nbs/32_data.loaders.ipynb #a0920275
+import math
 import random
 from itertools import groupby
 
@@ -104,8 +105,9 @@ class _EpochDL(TfmdDL):
 
 # %% ../../nbs/32_data.loaders.ipynb #2a84867d
 def _shared(shape):
-    "An empty tensor that another process can be shown without a copy"
-    return torch.empty(shape, dtype=torch.complex64).share_memory_()
+    "An empty tensor, complex64, that another process can be shown without a copy, as torch's own collating makes it"
+    memory = torch.UntypedStorage._new_shared(8 * math.prod(shape))
+    return torch.empty(0, dtype=torch.complex64).set_(memory, 0, shape)
 
 
 def _collate(items):
