@@ -23,6 +23,7 @@ from .data.stamps import *
 from .data.header import *
 from .data.writing import *
 from .data.files import *
+from .data.direct import *
 from .data.meta import *
 from .data.cache import *
 from .data.volumes import *

@@ -90,13 +90,93 @@ def write(path, shape, recon, seed=0):
     )
 
 
+def stored_again(path, to, **options):
+    "A copy of a file in which the k-space is stored in another way"
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path) as f, h5py.File(to, 'w') as g:
+        for name in f:
+            if name != 'kspace':
+                f.copy(name, g)
+        g.attrs.update(f.attrs)
+        k = f['kspace']
+        out = g.create_dataset('kspace', k.shape, k.dtype, **options)
+        for i in range(len(k)):
+            out[i] = k[i]
+
+
+def transforms(shape, size):
+    "A function that does to numbers in memory what the transforms of one slice are, and nothing else"
+    mask, _ = mask_func('equispaced', 0.08, 4)(shape[-1], seed=0)
+    columns = torch.randn(*shape[:-1], int(mask.sum()), dtype=torch.complex64)
+    rows = torch.randn(shape[0], size[0], shape[-1], dtype=torch.complex64)
+
+    def slice_of_transforms():
+        for c, r in zip(columns, rows):
+            torch.fft.ifft(c, dim=-2, norm='forward')
+            torch.fft.ifft(r, norm='forward')
+
+    return slice_of_transforms
+
+
+def loader(index, a, workers):
+    "Ours, over all slices of an index"
+    data = SliceDataset(index, mask_func('equispaced', 0.08, 4))
+    return ReconDL(data, bs=a.batch, num_workers=workers, device='cpu')
+
+
+def other_ways(index, a):
+    "The same k-space stored otherwise: pairs of rows beside the plain files"
+    ways = {
+        'one piece (contiguous)': {},
+        'gzip, a slice a chunk': dict(compression='gzip', compression_opts=1, shuffle=True, chunks='slice'),
+        'gzip, a coil a chunk': dict(compression='gzip', compression_opts=1, shuffle=True, chunks='coil'),
+    }
+    for way, options in ways.items():
+        root = Path(index.path[0]).parent.with_name('otherwise')
+        with h5py.File(index.path[0]) as f:
+            coils, shape = f['kspace'].shape[1], f['kspace'].shape
+        if 'chunks' in options:
+            options['chunks'] = (1, coils if options['chunks'] == 'slice' else 1, *shape[-2:])
+        stored_again(index.path[0], root / Path(index.path[0]).name, **options)
+        settled()
+        one, other = index[:1], index_volumes(root, cache=False)
+
+        def h5(path=other.path[0]):
+            with h5py.File(path) as f:
+                for i in range(shape[0]):
+                    f['kspace'][i]
+
+        p, o, h = seconds(a.repeats, lambda: run(loader(one, a, 0)), lambda: run(loader(other, a, 0)), h5)
+        n = shape[0]
+        row(f'   {way}: h5py alone, here', n / h, n / o, h / o, None, 'slices/s')
+        print(f'      plain files {n / p:.3g} slices/s; {root_size(root) / root_size(index.path[0]):.0%} of their size')
+        shutil.rmtree(root)
+
+
+def root_size(path):
+    "Bytes of a file, or of all files below a folder"
+    path = Path(path)
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob('*.h5'))
+
+
+def settled():
+    "Files that have just changed are read with more doubt"
+    time.sleep(0.5)
+
+
+def run(dl):
+    return sum(len(x) for x, *_ in dl)
+
+
 def loading(folder, a):
     "Slices a second from file to network input"
     for name, shape in SIZES.items():
         root = folder / str(shape)
         for i in range(a.files):
             write(root / f'file_brain_AXT2_200_{i:07d}.h5', (a.slices, *shape), (320, 320), i)
+        settled()
         index, n = index_volumes(root, cache=False), a.files * a.slices
+        transform = transforms(shape, (320, 320))
 
         def raw():
             for path in index.path:
@@ -109,15 +189,16 @@ def loading(folder, a):
             assert sum(len(b.image) for b in torch.utils.data.DataLoader(data, a.batch, num_workers=workers)) == n
 
         def ours(workers):
-            dl = ReconDL(
-                SliceDataset(index, mask_func('equispaced', 0.08, 4)), bs=a.batch, num_workers=workers, device='cpu'
-            )
-            assert sum(len(x) for x, *_ in dl) == n
+            assert run(loader(index, a, workers)) == n
+
+        def ffts():
+            for _ in range(n):
+                transform()
 
         raw()
         for workers in a.workers:
-            b, o, r = seconds(a.repeats, lambda: theirs(workers), lambda: ours(workers), raw)
-            row(f'{name} → 320×320, {workers} workers', n / b, n / o, b / o, 3, 'slices/s')
+            b, o, r, t = seconds(a.repeats, lambda: theirs(workers), lambda: ours(workers), raw, ffts)
+            row(f'{name} → 320×320, {workers} workers', n / b, n / o, b / o, 6, 'slices/s')
             mb = np.prod(shape) * 8e-6 * n
             row(
                 '   k-space that goes through, reading alone: ' + f'{mb / r:.0f} MB/s',
@@ -125,6 +206,10 @@ def loading(folder, a):
                 f'{mb / o:.0f} MB/s',
             )
             print(f'   share of the bandwidth of reading alone: fastMRI {r / b:.0%}, here {r / o:.0%}')
+            share = f'   transforms alone, in one process: {n / t:.3g} slices/s; '
+            print(share + f'their share of the time: fastMRI {t / b:.0%}, here {t / o:.0%}')
+        if a.otherwise:
+            other_ways(index, a)
         shutil.rmtree(root)
 
 
@@ -353,6 +438,7 @@ def main():
     p.add_argument('--files', type=int, default=2, help='volumes of real size to load, of each kind')
     p.add_argument('--slices', type=int, default=24, help='slices in each (28 MB a slice)')
     p.add_argument('--many', type=int, default=1000, help='small files to index')
+    p.add_argument('--otherwise', action='store_true', help='also load files that are stored in other ways')
     p.add_argument('--workers', type=int, nargs='+', default=[0, 2])
     p.add_argument('--batch', type=int, default=4, help='slices in a batch')
     p.add_argument('--repeats', type=int, default=5)

@@ -6,6 +6,7 @@
 __all__ = ['buckets', 'neighbours', 'ReconDL', 'recon_dls', 'request_dls']
 
 # %% ../../nbs/32_data.loaders.ipynb #a0920275
+import math
 import random
 from itertools import groupby
 
@@ -14,10 +15,12 @@ import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
+from torch.utils.data import get_worker_info
 
 from .answers import show_targets, to_image
+from .direct import large_pages
 from .request import ForgetRequest
-from .slices import KspaceTransform, ReconTransform, SliceDataset, Targets, as_image, sampled
+from .slices import KspaceTransform, ReconTransform, SliceDataset, Targets
 from ..machinery.disk import DataError
 from ..signal.masks import mask_func
 
@@ -101,6 +104,12 @@ class _EpochDL(TfmdDL):
         return new
 
 # %% ../../nbs/32_data.loaders.ipynb #2a84867d
+def _shared(shape):
+    "An empty tensor, complex64, that another process can be shown without a copy, as torch's own collating makes it"
+    memory = torch.UntypedStorage._new_shared(8 * math.prod(shape))
+    return torch.empty(0, dtype=torch.complex64).set_(memory, 0, shape)
+
+
 def _collate(items):
     "Items of a batch side by side: k-space, masks and targets as lists, the rest as tensors [B]."
     kspaces, masks, low, targets, *rest = zip(*items)
@@ -144,8 +153,8 @@ class ReconDL(_Pictures, _EpochDL):
         **kwargs,  # of `TfmdDL`
     ):
         device = default_device() if device is None else torch.device(device)
-        # without a GPU, workers also make the images
-        self.early = num_workers > 0 and device.type == 'cpu' and dataset.input == 'image'
+        # without a GPU, whoever reads also makes the images
+        self.early = device.type == 'cpu' and dataset.input == 'image'
         if after_batch is None:
             after_batch = ReconTransform() if dataset.input == 'image' else KspaceTransform()
         kwargs.update(num_workers=num_workers, device=device, after_batch=after_batch)
@@ -153,7 +162,11 @@ class ReconDL(_Pictures, _EpochDL):
         self.keep, self.kept = keep, None
 
     def create_item(self, idxs):
-        return [(as_image if self.early else sampled)(self.dataset[i]) for i in idxs]
+        if self.early:
+            return [self.dataset.image(i) for i in idxs]
+        # what a worker sends lies in memory that it shares with the main process: better read into it than copied there
+        empty = large_pages if get_worker_info() is None else _shared
+        return [self.dataset.sampled(i, empty) for i in idxs]
 
     def create_batch(self, b):
         return _collate(b)

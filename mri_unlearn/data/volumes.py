@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import mri_unlearn
 from .cache import cache_folder, sweep
+from .direct import _settled
 from mri_unlearn.data.meta import (
     check_axes,
     image_size_of,
@@ -165,11 +166,6 @@ def _code_key():
 def _first_line(body):
     "What a table of rows begins with: who made it, and a sum over what follows: a line with the folder, and the rows."
     return f'mri_unlearn index {_code_key()} {zlib.crc32(body):08x}'.encode()
-
-
-def _settled(stamp, now):
-    "Are the time stamps so old that a change from now on must show in them? Some disks count in steps of two seconds."
-    return all(abs(now - t) > (2_500_000_000 if t % 1_000_000_000 == 0 else 100_000_000) for t in stamp[1:])
 
 # %% ../../nbs/21_data.volumes.ipynb #3a48c596
 def _cache_file(root):
