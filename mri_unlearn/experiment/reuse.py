@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'deciding_settings', 'training_code', 'computed_with', 'copy_network', 'is_kept', 'KeptNetworks',
-           'train_or_take', 'kept_networks', 'take_kept', 'at_hand', 'note_reused']
+           'train_or_take', 'kept_networks', 'take_kept', 'at_hand', 'but_for_kept', 'note_reused']
 
 # %% ../../nbs/77a_experiment.reuse.ipynb #0a158079
 import ast
@@ -246,13 +246,15 @@ def kept_networks(
         raise DataError(f'{reuse}: networks for later runs need a folder of their own, apart from {out}: see --reuse')
     if veil.key:
         key_outside(key or key_path(), reuse)
+    if threads is None and run is not None and (run / 'config.json').is_file():
+        threads = Run(run).threads  # of a run that goes on
     kept = KeptNetworks(reuse, veil, devices, threads)
     kept.claim_folder(write)
     if private and write:
         private_folder(reuse)
     return kept
 
-
+# %% ../../nbs/77a_experiment.reuse.ipynb #a6ea9303
 def take_kept(
     arms: list,  # of `all_arms`, their data written
 ) -> int:  # how many networks
@@ -275,16 +277,38 @@ def at_hand(
     return [n.stage for n in networks if kept.find(kept.record(settings, splits, n)) is not None]
 
 
+def but_for_kept(
+    table,  # DataFrame of a dry run: a row with job, slices, steps and seconds for each network
+    kept: KeptNetworks,  # or None
+    settings: Settings,  # of the run
+    splits,  # its volumes with their column `split`; None: they are not simulated yet
+) -> tuple:  # (table, a line that says how many there are; '' where no folder is named)
+    "A plan in which kept networks are no work"
+    if kept is None:
+        return table, ''
+    if splits is None:
+        return table, 'networks at hand in the folder of --reuse: known once the data are simulated'
+    hand = table.job.isin(at_hand(kept, settings, splits))
+    done = table.assign(**{name: table[name].where(~hand, 0) for name in ('slices', 'steps', 'seconds')})
+    return done, f'networks at hand in the folder of --reuse: {int(hand.sum())}'
+
+# %% ../../nbs/77a_experiment.reuse.ipynb #a975491d
 def note_reused(
     run: Run,  # whose stages are done
     arms: list,  # of `all_arms`
 ):
-    "Say in config.json which networks were not trained in this run"
-    reused = {}
+    "Say in config.json which networks were not trained in this run, and of which copies are kept for others"
+    reused, copies = {}, {}
     for arm in arms:
-        for network, _ in arm.reference_networks() if hasattr(arm, 'reference_networks') else ():
-            key = arm.run.read(network.stage).get('reused') if arm.run.done(network.stage) else None
-            reused |= {f'{arm.title}{network.stage}': key} if key else {}
-    if reused != run.config.get('reused', {}):
+        for network, splits in arm.reference_networks() if hasattr(arm, 'reference_networks') else ():
+            called, done = f'{arm.title}{network.stage}', arm.run.done(network.stage)
+            taken = arm.run.read(network.stage).get('reused') if done else None
+            reused |= {called: taken} if taken else {}
+            record = arm.kept.record(arm.settings, splits, network) if arm.kept and done else None
+            copies |= {called: arm.kept.place(record).name} if record and arm.kept.find(record) else {}
+    said, before = dict(reused=reused), run.config
+    if arms and arms[0].kept:  # else the folder is not known in this start: what was said of it stays
+        said['kept'] = copies
+    if any(value != before.get(name, {}) for name, value in said.items()):
         path = run.home / 'config.json'
-        write_json(path, read_json(path) | dict(reused=reused))
+        write_json(path, read_json(path) | said)

@@ -177,7 +177,7 @@ def run_requests(
         return write_requests(out, plans)
 
 # %% ../../nbs/86_experiment.study.ipynb #acea63d1
-def _planned_rows(plans, arms, times, relative):
+def _planned_rows(plans, arms, times, relative, kept):
     "What each request would take, beyond what those before it have trained"
     known, rows = set(), []
     for plan in plans:
@@ -189,7 +189,8 @@ def _planned_rows(plans, arms, times, relative):
                 n.stage: network_key(plan.settings, plan.splits, n)
                 for n in trained_networks(plan.settings, plan.splits)
             }
-            shared = [stage for stage, key in keys.items() if key in known]
+            hand = at_hand(kept, plan.settings, plan.splits)
+            shared = [stage for stage, key in keys.items() if key in known or stage in hand]
             known |= set(keys.values())
             jobs = plan_table(arms[plan.name], times, relative)
             jobs = jobs[~jobs.job.isin(shared)]
@@ -243,6 +244,7 @@ def dry_run_requests(
     out=None,  # folder of the study, for the Original that may be there; None: there is none
     identifiers: bool = False,  # as in `run_protocol`
     key=None,  # as in `run_protocol`
+    reuse=None,  # as in `run_protocol`; counts with `data`, for simulated scans are not there yet
     **settings,  # as in `run_requests`
 ) -> tuple:  # (table with one row a request, seconds for all)
     "What `run_requests` would do with the same arguments, and about its cost; raises `DataError` as that would"
@@ -250,6 +252,7 @@ def dry_run_requests(
     lines, simulated = read_requests(file, chosen.request.allow_mixed), not data and bool(chosen.data.preset)
     veil = veil_of(data, identifiers, key, out)
     index = dict(strict=strict, organ=organ, unchecked=unchecked, veil=veil)
+    kept = kept_networks(reuse, out, veil, devices=devices, key=key, write=False)
     with tempfile.TemporaryDirectory() as folder:
         if simulated:
             volumes = planned_index(chosen.data.preset, folder, chosen.seed)
@@ -262,7 +265,7 @@ def dry_run_requests(
         times, relative = slice_costs(chosen, real[0].splits, n)
         extras = True if simulated else None
         arms = {p.name: all_arms(Path(folder) / 'run' / p.name, p.settings, p.splits, extras) for p in real}
-        table = _planned_rows(plans, arms, times, relative)
+        table = _planned_rows(plans, arms, times, relative, None if simulated else kept)
     table['level'] = _levels(out, file, lines, chosen, data, plans, **index)
     return table, float(table.seconds.sum()) / at_once
 
