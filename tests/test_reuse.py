@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import pandas as pd
@@ -38,7 +39,8 @@ ORIGINAL = NetworkName('original')
 def whole(tmp_path_factory):
     "A folder with data, a run that has trained its networks, and these networks"
     folder = tmp_path_factory.mktemp('whole')
-    simulate_dataset(folder / 'data', 'tiny', 0, patients=dict(brain=(2, 2), knee=(3, 2)), coils=2, progress=False)
+    people = dict(brain=(2, 2), knee=(3, 2))
+    simulate_dataset(folder / 'data', 'tiny', 0, patients=people, coils=2, extras=True, progress=False)
     run_protocol('tiny', folder / 'first', folder / 'data', reuse=folder / 'kept', **FEW)
     return folder
 
@@ -144,7 +146,9 @@ def test_other_settings_are_other_networks(whole, more):
 
 def test_what_decides_nothing_changes_nothing(whole):
     same = dict(methods=('ga',), rounds=3, oracle_seeds=4, reason='x', query="patient_id == 'k0001'")
-    assert key_of(whole, **same) == key_of(whole) == entry_of(whole / 'first', whole / 'kept').name
+    veil = Veil.with_key()
+    assert key_of(whole, veil, **same) == key_of(whole, veil) == entry_of(whole / 'first', whole / 'kept').name
+    assert key_of(whole, veil) != key_of(whole)
 
 
 def test_another_program_or_machine_makes_other_networks(whole, tmp_path, monkeypatch):
@@ -176,7 +180,7 @@ def test_the_program_counts_where_it_decides(tmp_path):
 
     assert one == reuse.training_code()
     assert after('show/page.py', 'What it cost', 'What it took') == one
-    assert after('network/unet.py', '"""', '"""More of ') == one
+    assert after('network/unet.py', '"""fastMRI', '"""This is fastMRI') == one
     assert after('network/unet.py', '0.2', '0.3') != one
 
 
@@ -191,15 +195,26 @@ def test_an_edited_network_is_refused(whole, kept, tmp_path, name):
     assert not (tmp_path / 'second' / 'models' / 'original.pt').exists()
 
 
+@pytest.fixture
+def one_network(whole, kept):
+    "The Original that is kept, its run, and what asks for it"
+    run = Run(whole / 'first', veil=Veil.with_key())
+    networks = KeptNetworks(kept, run.veil, threads=run.threads)
+    splits = load_splits(None, settings_of(), whole / 'data', False)
+    return SimpleNamespace(
+        entry=entry_of(run.out, kept), run=run, networks=networks, about=(settings_of(), splits, ORIGINAL)
+    )
+
+
 @pytest.mark.parametrize('name', ['models/network.pt', 'stages/network.json', 'config.json'])
-def test_a_network_that_is_not_whole_is_made_whole(whole, kept, tmp_path, name):
-    entry = entry_of(whole / 'first', kept)
-    (entry / name).unlink()
-    start(tmp_path / 'second', whole, kept)
-    assert reused(tmp_path / 'second') == NETWORKS - {'original'}
-    assert tables(tmp_path / 'second')['results.csv'] == tables(whole / 'first')['results.csv']
-    start(tmp_path / 'third', whole, kept)
-    assert reused(tmp_path / 'third') == NETWORKS
+def test_a_network_that_is_not_whole_is_made_whole(one_network, tmp_path, name):
+    one, other = one_network, Run(tmp_path / 'run')
+    whole = (one.entry / 'models' / 'network.pt').read_bytes()
+    (one.entry / name).unlink()
+    assert one.networks.take(other, *one.about) is False and not other.done('original')
+    one.networks.put(one.run, *one.about)
+    assert one.networks.take(other, *one.about) is True
+    assert other.model('original').read_bytes() == whole and other.done('original')
 
 
 def _killed_while_writing(first, kept, settings, splits):
@@ -285,13 +300,11 @@ def test_a_folder_of_anything_else_is_refused(whole, tmp_path):
         assert not (tmp_path / 'run').exists()
 
 
-def test_a_folder_that_cannot_be_written_to_ends_no_run(whole, kept, tmp_path, monkeypatch):
-    entry = entry_of(whole / 'first', kept)
-    shutil.rmtree(entry)
-    entry.write_text('in the way')
+def test_a_folder_that_cannot_be_written_to_ends_no_run(one_network):
+    shutil.rmtree(one_network.entry)
+    one_network.entry.write_text('in the way')
     with pytest.warns(UserWarning, match='trained and not kept'):
-        start(tmp_path / 'second', whole, kept)
-    assert reused(tmp_path / 'second') == NETWORKS - {'original'}
+        one_network.networks.put(one_network.run, *one_network.about)
 
 
 def test_a_dry_run_says_what_is_at_hand(whole, kept, tmp_path):
@@ -315,8 +328,10 @@ def test_a_study_takes_and_gives(whole, tmp_path):
     about = FEW | dict(data=whole / 'data', reuse=kept)
     run_requests(file, 'tiny', tmp_path / 'one', **about)
     assert len(entries(kept)) == 5  # one Original, two Oracles of each
-    planned, seconds = dry_run_requests(file, 'tiny', **{k: v for k, v in about.items() if k != 'show'})
-    assert planned.shared.tolist() == [3, 3] and planned.networks.tolist() == [1, 1]
+    plan = {k: v for k, v in about.items() if k != 'show'}
+    planned, alone = (dry_run_requests(file, 'tiny', **plan | dict(reuse=r))[0] for r in (kept, None))
+    assert planned.shared.tolist() == [3, 3] and alone.shared.tolist() == [0, 1]
+    assert (alone.networks - planned.networks).tolist() == [3, 2]
     table = run_requests(file, 'tiny', tmp_path / 'two', **about)
     assert len(table) and all(len(reused(p.parent)) == 3 for p in (tmp_path / 'two').glob('*/config.json'))
     for one in (tmp_path / 'one').glob('*/results.csv'):
@@ -331,10 +346,10 @@ def test_a_rehearsal_takes_and_gives(tmp_path):
     assert reused(tmp_path / 'two') == {'original', 'oracle_s0', 'oracle_s1'} and reused(tmp_path / 'one') == set()
 
 
-def test_the_planted_arm_and_shadows_take_and_give(tmp_path):
-    more = dict(reuse=tmp_path / 'kept', hallucination=('sub_ft',), shadows=2, attacked=('sub_ft',), oracle_seeds=1)
+def test_the_planted_arm_and_shadows_take_and_give(whole, tmp_path):
+    more = dict(hallucination=('sub_ft',), shadows=2, attacked=('sub_ft',), oracle_seeds=1)
     for name in ('one', 'two'):
-        run_protocol('tiny', tmp_path / name, **FEW | more)
+        start(tmp_path / name, whole, tmp_path / 'kept', **more)
     found = reused(tmp_path / 'two')
     assert {'planted: original', 'planted: oracle_s0', 'shadows: shadow_00', 'shadows: shadow_01'} < found
     for name in ('results.csv', 'privacy.csv', 'planted.csv', 'hallucination.csv'):
