@@ -125,6 +125,7 @@ from .experiment.surroundings import *
 from .experiment.records import *
 from .experiment.runs import *
 from .experiment.networks import *
+from .experiment.reuse import *
 from .experiment.arms import *
 from .experiment.shadows import *
 from .experiment.privacy import *

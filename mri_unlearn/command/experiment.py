@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OURS', 'READING', 'PEOPLE', 'JOBS', 'PRINTED', 'protocol_settings', 'study', 'exposed', 'protocol',
-           'add_people', 'add_methods', 'add_protocol', 'tune', 'report', 'add_commands']
+           'add_people', 'add_methods', 'add_reuse', 'add_protocol', 'tune', 'report', 'add_commands']
 
 # %% ../../nbs/93_command.experiment.ipynb #ca5b6b0f
 import sys
@@ -108,7 +108,11 @@ def protocol(
     given = [name for name in (*READING, *PEOPLE) if getattr(args, name)]
     if given and not args.data:
         raise DataError(f'--{given[0].replace("_", "-")} goes with --data DIR; simulated data need none')
-    settings = protocol_settings(args) | dict(jobs=args.jobs) | {name: getattr(args, name) for name in READING}
+    settings = (
+        protocol_settings(args)
+        | dict(jobs=args.jobs, reuse=args.reuse)
+        | {name: getattr(args, name) for name in READING}
+    )
     settings |= {name: getattr(args, name) for name in PEOPLE if not (args.dry_run and name == 'forgotten_pictures')}
     if args.requests:
         return study(args, settings)
@@ -165,6 +169,17 @@ def add_methods(
 JOBS = replace(WORKERS, low=1)  # networks that are trained at a time
 
 
+def add_reuse(
+    p,  # parser of a command that trains networks to compare with
+):
+    "Option `--reuse`"
+    kept = (
+        'folder of trained networks that runs share, such as runs/networks; made if missing: what is there is taken, '
+    )
+    kept += 'what is trained is put there; only for the very same scans, settings, seed, program and device'
+    p.add_argument('--reuse', type=file_name, metavar='DIR', help=kept)
+
+
 def add_protocol(
     commands,  # what `argparse` returns for subcommands
 ):
@@ -195,6 +210,7 @@ def add_protocol(
     p.add_argument('--oracle-seeds', type=COUNT, help='how many Oracles')
     at_a_time = 'networks that are trained at a time; default: one a core, or one where there is a GPU'
     p.add_argument('--jobs', type=JOBS, metavar='N', help=at_a_time)
+    add_reuse(p)
     add_methods(p)
 
 # %% ../../nbs/93_command.experiment.ipynb #a0a0e16c
@@ -210,7 +226,7 @@ def tune(
     given = dict(epochs=args.epochs, model=args.model, fraction=args.retain_fraction)
     settings = {k: v for k, v in given.items() if v is not None}
     must_be_folder(args.out, **OURS)
-    table = tune(args.out, args.preset, args.methods, args.seed, jobs=args.jobs, **settings)
+    table = tune(args.out, args.preset, args.methods, args.seed, jobs=args.jobs, reuse=args.reuse, **settings)
     best = table.groupby('method').head(1).sort_values('distance_db')
     print(table_text(best[PRINTED].round(2)))
     out = Path(args.out)
@@ -247,5 +263,6 @@ def add_commands(
     p.add_argument('--epochs', type=COUNT, help='of Original and Oracles')
     p.add_argument('--retain-fraction', type=float, help='share of the retain set')
     p.add_argument('--jobs', type=JOBS, metavar='N', help='networks at a time')
+    add_reuse(p)
     p = add_command(commands, 'report', report, 'report runs/small')
     p.add_argument('run', type=file_name, metavar='DIR', help='folder of a run')

@@ -6,7 +6,7 @@
 __all__ = ['purge', 'add_commands']
 
 # %% ../../nbs/93b_command.purge.ipynb #d69d94d5
-from .options import add_command, file_name, say
+from .options import add_command, file_name, say, some_text
 
 # %% ../../nbs/93b_command.purge.ipynb #b1194aa6
 def _said(n):
@@ -20,25 +20,41 @@ def _left_alone(paths):
         say(f'left alone, for it was not made here: {path}')
 
 
+def _copies(folder):
+    "Say that copies of the networks of a run, or of those of a study, are kept for later runs"
+    from mri_unlearn.machinery.disk import read_json, visible
+
+    configs = [*visible(folder, 'config.json'), *visible(folder, '*/config.json')]
+    if any(read_json(path).get('kept') for path in configs):
+        say('copies of its networks lie in the folder that was named with --reuse: purge that one, too')
+
+
 def purge(
     args,  # parsed options
 ):
-    "empty the cache of tables, and remove what a finished run need not keep: a list first, --yes does it"
+    "empty the cache of tables, and remove what a finished run, or a folder of networks, need not keep: --yes does it"
     from mri_unlearn.data.cache import cache_folder, empty_cache
-    from mri_unlearn.experiment.purge import purge_run, purgeable
+    from mri_unlearn.experiment.purge import purge_run, purgeable, purgeable_networks
+    from mri_unlearn.experiment.reuse import is_kept
     from mri_unlearn.machinery.disk import DataError
 
     if not args.run and not args.cache:
         raise DataError('nothing to purge: name the folder of a run, or --cache')
+    networks = bool(args.run) and is_kept(args.run)
+    if (args.patient or args.key) and not networks:
+        raise DataError('--patient and --key go with a folder of networks that runs share (--reuse of a run)')
+    whose = dict(patient=args.patient, key=args.key) if networks else {}
     if args.cache:
         n, size = empty_cache()
         say(f'{cache_folder()}: {n} tables of folders of scans removed, {_said(size)}')
+    if args.run and not networks:
+        _copies(args.run)
     if args.run and args.yes:
-        size, foreign = purge_run(args.run, args.weights)
+        size, foreign = purge_run(args.run, args.weights, **whose)
         say(f'{args.run}: {_said(size)} freed')
         _left_alone(foreign)
     elif args.run:
-        parts, foreign = purgeable(args.run, args.weights)
+        parts, foreign = purgeable_networks(args.run, **whose) if networks else purgeable(args.run, args.weights)
         for part in parts:
             say(f'{_said(part.size):>10}  {part.name} ({len(part.paths)} files); to have them again: {part.again}')
         _left_alone(foreign)
@@ -51,8 +67,14 @@ def add_commands(
 ):
     "Add `purge`"
     p = add_command(commands, 'purge', purge, 'purge runs/small --yes')
-    p.add_argument('run', nargs='?', type=file_name, metavar='DIR', help='folder of a finished run, or of a study')
+    p.add_argument(
+        'run', nargs='?', type=file_name, metavar='DIR', help='folder of a run, of a study, or of networks (--reuse)'
+    )
     p.add_argument('--cache', action='store_true', help='remove what is kept of the headers of all folders')
     networks = 'also the weights of all networks, which can then only be had by training again'
     p.add_argument('--weights', action='store_true', help=networks)
+    seen = 'of a folder of networks: only those that have seen this patient'
+    p.add_argument('--patient', type=some_text, metavar='NAME', help=seen)
+    key = 'file of the key of their pseudonyms; default: MRI_UNLEARN_KEY, else in the folder for settings of the user'
+    p.add_argument('--key', type=some_text, metavar='FILE', help=key)
     p.add_argument('--yes', action='store_true', help='remove what is listed without it')

@@ -30,12 +30,12 @@ from mri_unlearn.experiment.networks import (
     run_network,
     score_network,
     steps_of,
-    train_network,
     trained_networks,
     unlearning_plan,
     unlearning_seed,
     write_images,
 )
+from .reuse import train_or_take
 from .runs import Run, scored_volumes
 from .settings import Settings
 from ..machinery.workers import SCORE_COST, Progress, Workers, processes
@@ -225,6 +225,7 @@ class _Data:
     title = ''  # in front of what it says and lists
     scoring = 'score all networks'  # what a dry run calls the stages that train nothing
     traced = True  # score networks between the rounds of unlearning
+    kept = None  # `KeptNetworks` that runs share, see `reuse.kept_networks`; None: all networks are trained here
 
     def __init__(
         self,
@@ -270,7 +271,7 @@ class _Tasks(_Data):
 
     def train(self, network, progress):
         "Train the Original, an Oracle, or the network of the forget set alone"
-        train_network(self.run, self.settings, network, self.splits, progress, self.title)
+        train_or_take(self.kept, self.run, self.settings, network, self.splits, progress, self.title)
 
     def unlearn(self, network, progress):
         "Let a method work on the Original"
@@ -301,9 +302,13 @@ class _Stages(_Tasks):
         "A stage of this arm"
         return Stage(name, tuple(needs), work, partial(run, *args), self.run)
 
+    def reference_networks(self) -> list:  # of (`NetworkName`, volumes with their column `split`)
+        "The networks that are trained from scratch"
+        return [(n, self.splits) for n in self.networks if n.kind in TRAINED_ON]
+
     def training_stages(self) -> list:  # of `Stage`
         "Train networks from scratch"
-        networks = [n for n in self.networks if n.kind in TRAINED_ON]
+        networks = [n for n, _ in self.reference_networks()]
         work = {n: training_work(self.settings, self.splits, n) for n in networks}
         return [self.stage(n.stage, (), work[n], self.train, n) for n in networks]
 

@@ -7,9 +7,7 @@ __all__ = ['LATER', 'planned_index', 'Stopwatch', 'timed_steps', 'slice_costs', 
            'AtTheLevel', 'ends_at_level', 'said_level', 'dry_run', 'duration', 'describe']
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #cce4239f
-import os
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -25,10 +23,11 @@ from ..data.slices import SliceDataset
 from ..data.volumes import index_volumes
 from .extras import all_arms
 from .networks import input_kind, mask_of, new_network, unlearned_learner, unlearning_plan
+from .reuse import but_for_kept, kept_networks
 from .runs import Run, limited, load_splits, request_of, write_config
 from .settings import Settings, prepare
 from .surroundings import veil_of
-from ..machinery.disk import DataError
+from ..machinery.disk import DataError, also_at
 from ..machinery.workers import processes
 from ..network.learner import SkipValidation, WorkMeter, recon_learner
 from ..phantom.people import subject
@@ -38,15 +37,6 @@ from ..unlearn.catalog import METHODS
 from ..unlearn.proxy import Aim
 
 # %% ../../nbs/82_experiment.dryrun.ipynb #96229e1d
-def _also_at(path, file):
-    "The same file at a second place"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, path)
-    except OSError:  # not every disk can
-        shutil.copyfile(file, path)
-
-
 def planned_index(
     preset: str,  # of `simulate_dataset`
     folder,  # str or Path: for one small file of each organ, which stands for all volumes of that organ
@@ -61,7 +51,7 @@ def planned_index(
             simulate_volume(path, study, subject(study.organ, seed), seed, **size)
             sample[study.organ] = index_volumes(path, cache=False).iloc[0]
         else:
-            _also_at(path, sample[study.organ].path)
+            also_at(path, sample[study.organ].path)
         own = {k: getattr(study, k) for k in ('fname', 'folder', 'acquisition', 'patient_id', 'site')}
         rows.append({**sample[study.organ], **own, 'path': str(path), 'slices': wanted['slices']})
     return pd.DataFrame(rows)
@@ -276,6 +266,12 @@ def _level(out, preset, settings, data, veil, **index):
     splits = load_splits(out, settings, data, False, **(index if data else {}))
     return said_level(Run(out, veil=veil), settings, splits)
 
+# %% ../../nbs/82_experiment.dryrun.ipynb #3246b14a
+def _simulated(out, settings):
+    "The volumes of a run that has simulated them already, with their split; None: there are none yet"
+    there = out and (Path(out) / 'volumes.csv').is_file() and (Path(out) / 'data').is_dir()
+    return load_splits(Path(out), settings, None, False) if there else None
+
 # %% ../../nbs/82_experiment.dryrun.ipynb #f5055d5f
 def dry_run(
     preset: str = 'small',  # name in `EXPERIMENTS`
@@ -289,6 +285,7 @@ def dry_run(
     out=None,  # folder of the run, for the Original that may be there; None: there is none
     identifiers: bool = False,  # as in `run_protocol`
     key=None,  # as in `run_protocol`
+    reuse=None,  # as in `run_protocol`
     **settings,  # as in `run_protocol`
 ) -> tuple:  # (table of jobs, what is known besides: dict)
     "What `run_protocol` would do with the same arguments, and about its cost; raises `DataError` as that would"
@@ -299,9 +296,11 @@ def dry_run(
         splits, extras = _splits_and_extras(chosen, data, folder, index)
         times, relative = slice_costs(chosen, splits, n)
         table = plan_table(all_arms(Path(folder) / 'run', chosen, splits, extras), times, relative)
+    kept = kept_networks(reuse, out, veil, devices=devices, key=key, write=False)
+    table, reused = but_for_kept(table, kept, chosen, splits if data else _simulated(out, chosen))
     seconds, query = float(table.seconds.sum()) / at_once, veil.query(chosen.request.query)
     skipped = [(veil.of('place', path), veil.text(why)) for path, why in splits.attrs.get('skipped', [])]
-    request = dict(query=query, matched=matched(veil.table(splits), query), kind=table_kind(splits))
+    request = dict(query=query, matched=matched(veil.table(splits), query), kind=table_kind(splits), reused=reused)
     request['level'] = _level(out, preset, chosen, data, **index)
     about = dict(settings=chosen, data=_contents(splits), device=_device(), processes=at_once)
     return table, about | request | times | dict(seconds=seconds, skipped=skipped)
@@ -336,6 +335,7 @@ def describe(
         info['matched'],
         f'kind of request, as far as the table tells: {info["kind"]}',
         f'level to end at: {info["level"]}',
+        *([info['reused']] if info['reused'] else []),
         '',
         info['data'].to_string(index=False),
         '',

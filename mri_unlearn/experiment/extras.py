@@ -89,6 +89,7 @@ class _PlantedFiles(Arm):
         "The planted arm of a run, in a folder of its own"
         planted = cls(arm.out / 'planted', planted_settings(arm.settings), arm.splits)
         planted.run, planted.volumes = Run(planted.out, arm.run.home, arm.run.veil), arm.splits
+        planted.kept = arm.kept
         return planted
 
     def content(self):
@@ -273,10 +274,11 @@ def all_arms(
     extras: bool = None,  # whether the files tell objects and coils; None: look
     home=None,  # folder of what several runs share, such as scans of a third organ; None: `out`
     veil=None,  # of the run, see `surroundings.veil_of`; None: names stay
+    kept=None,  # networks that runs share, see `reuse.kept_networks`; None: all are trained here
 ) -> list:  # the main `Arm` first; all have title, write_data and stages
     "The arms of a run; nothing is written but empty folders"
     arm = Arm(out, settings, splits, veil)
-    arms = [arm]
+    arm.kept, arms = kept, [arm]
     if settings.extras.hallucination and (all(map(has_extras, splits.path)) if extras is None else extras):
         arms += [PlantedArm.beside(arm), NullSpace(arm)]
     if settings.extras.third and (splits.source == 'anatomy').all():

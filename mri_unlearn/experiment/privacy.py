@@ -231,5 +231,6 @@ def privacy_arms(
         return []
     _check_people(arm)
     bank = ShadowBank(home, arm.settings, arm.splits, arm.run.veil)
+    bank.kept = arm.kept
     forgetting = [ForgettingShadows(bank, arm.settings, arm.splits, n) for n in attacked_networks(arm.settings)[:1]]
     return [bank, *forgetting, Attacks(arm, bank)]

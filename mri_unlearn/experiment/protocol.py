@@ -18,6 +18,7 @@ from ..data.people import Veil, names_people, shortened
 from .arms import run_stages
 from .extras import PlantedArm, all_arms
 from .networks import run_network, scoring_loader, unlearning_plan
+from .reuse import kept_networks, note_reused, take_kept
 from mri_unlearn.experiment.runs import (
     DataChanged,
     Run,
@@ -219,6 +220,7 @@ def write_results(
     tables = collect(arms[0], planted) | exposure_of(arms)
     example_images(run, settings, splits, not private or pictures or may_show(settings, splits))
     verdict_figure(run, settings, tables['verdicts'])
+    note_reused(run, arms)
     _seal(run, tables)
     write_figures(run.out, settings.unlearning.fraction)
     write_report(run.out)
@@ -241,6 +243,7 @@ def run_protocol(
     identifiers: bool = False,  # write names of patients and files in `data` as they are, and no pseudonyms
     key=None,  # file of the key of pseudonyms; None: that of `machinery.private.key_path`
     forgotten_pictures: bool = False,  # draw people in `data` who asked to be forgotten
+    reuse=None,  # folder of trained networks that runs share; None: all are trained here
     **settings,  # that replace those of the preset, by the names that `Settings.flat` lists
 ) -> pd.DataFrame:  # one row a network: the summary
     "Run the experiment, or what is left of it: tables, figures and a report in `out`. Raises `DataError` on bad input"
@@ -249,14 +252,18 @@ def run_protocol(
     out = Path(out or Path('runs') / preset)
     veil, index = veil_of(data, identifiers, key, out), dict(strict=strict, organ=organ, unchecked=unchecked)
     found = load_splits(out, chosen, data, show, veil=veil, **index) if data or not chosen.data.preset else None
+    shared = dict(private=bool(data), devices=devices, key=key)
+    kept_networks(reuse, out, veil, write=False, **shared)  # complain before anything is written
     with at_work(out, data):
         run, splits = start_run(out, preset, chosen, data, show, found, veil)
-        arms = all_arms(run.out, chosen, splits, veil=veil)
+        kept = kept_networks(reuse, out, veil, threads=run.threads, **shared)
+        arms = all_arms(run.out, chosen, splits, veil=veil, kept=kept)
         for arm in arms:
             arm.write_data(show)
         stages = [stage for arm in arms for stage in arm.stages()]
+        taken = take_kept(arms)
         ahead = run_stages(stages, at_once, show, devices, threads=run.threads)
         tables = write_results(run, chosen, splits, arms, bool(data), forgotten_pictures)
-        if ahead or not (run.out / 'timing.json').exists():
+        if ahead or taken or not (run.out / 'timing.json').exists():
             write_timing(run, time.perf_counter() - start)
     return tables['summary']

@@ -11,16 +11,16 @@ import ast
 import hashlib
 import json
 import re
-import shutil
 from typing import NamedTuple
 
 import pandas as pd
 
 from ..data.request import ForgetRequest
 from .networks import TRAINED_ON, trained_networks, training_seed
+from .reuse import copy_network, deciding_settings
 from .runs import Run
-from .settings import PLACES, Settings
-from ..machinery.disk import DataError, atomic_path, read_text
+from .settings import Settings
+from ..machinery.disk import DataError, read_text
 from ..machinery.query import _parsed
 from ..verdict.names import NetworkName
 
@@ -118,10 +118,8 @@ def network_key(
 ) -> str:  # SHA-256
     "What decides a training: networks with the same key have the same weights"
     rows = splits[splits.split.isin(TRAINED_ON[network.kind])]
-    flat, groups = settings.flat(), ('network', 'training', 'sampling')
-    decides = {name: flat[name] for name, (group, _) in PLACES.items() if group in groups and name != 'oracle_seeds'}
     volumes = [[str(x) for x in row] for row in rows[['path', 'slices']].itertuples(index=False)]
-    record = dict(volumes=volumes, settings=decides, seed=training_seed(settings, network))
+    record = dict(volumes=volumes, settings=deciding_settings(settings), seed=training_seed(settings, network))
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -155,8 +153,4 @@ def take_over(
     "Copy networks that another run has trained, weights first, and the record last: from then on they are done"
     for stage, key in stages.items():
         other, theirs = known[key]
-        other.check(theirs)
-        with atomic_path(run.model(stage)) as path:
-            shutil.copyfile(other.model(theirs), path)
-        run.finish(stage, [run.model(stage)], **other.read(theirs) | dict(taken_from=other.out.name))
-        run.state(stage).unlink(missing_ok=True)  # of a training that was begun here
+        copy_network(other, theirs, run, stage, taken_from=other.out.name)

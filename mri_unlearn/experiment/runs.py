@@ -334,4 +334,6 @@ def write_timing(
         raise DataError(f'{path}: damaged, expected numbers of seconds and starts{advice}')
     own, worker = (resource.getrusage(w).ru_maxrss / unit for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     timing = dict(seconds=old['seconds'] + seconds, starts=old['starts'] + 1)
+    if run.config.get('reused'):  # networks whose training other runs have paid for
+        timing['reused'] = run.config['reused']
     write_json(path, timing | dict(peak_memory_gib=own, peak_memory_of_a_worker_gib=worker))

@@ -14,8 +14,9 @@ import pandas as pd
 from ..data.people import Veil
 from ..data.stamps import content_stamp
 from .arms import Stage, Work, training_work, unlearning_work
-from .networks import input_kind, mask_of, run_network, train_network, unlearned_learner
+from .networks import input_kind, mask_of, run_network, unlearned_learner
 from .records import Run
+from .reuse import deciding_settings, train_or_take
 from .settings import PLACES, Settings
 from ..machinery.disk import claim, data_digest, read_csv
 from ..machinery.workers import SCORE_COST, network_threads
@@ -39,6 +40,7 @@ class _Known:
     "What a bank is made of"
 
     title, scoring = 'shadows: ', 'shadows: traces'
+    kept = None  # as of `Arm`
 
     def __init__(
         self,
@@ -52,15 +54,13 @@ class _Known:
     @cached_property
     def record(self) -> dict:
         "What decides the weights of all shadows, and their traces"
-        flat, groups = self.settings.flat(), ('network', 'training', 'sampling')
-        decides = {k: flat[k] for k, (group, _) in PLACES.items() if group in groups and k != 'oracle_seeds'}
         rows = self.volumes.assign(trained=self.volumes.split.str.endswith('train')).sort_values('fname')
         stamps = [self.veil.of('content', content_stamp(path)) for path in rows.path]
         scans = [[self.veil.file(name), stamp, bool(t)] for name, stamp, t in zip(rows.fname, stamps, rows.trained)]
         about = dict(shadows=self.settings.extras.shadows, seed=self.settings.seed, masks=MASKS_OF_TRACES)
         who = [[self.veil.of('person', name), *map(bool, inside)] for name, *inside in self.halves.itertuples()]
         digests = dict(scans=data_digest(scans), halves=data_digest(sorted(who)))
-        return dict(settings=decides | about, pseudonyms=self.veil.key) | digests
+        return dict(settings=deciding_settings(self.settings) | about, pseudonyms=self.veil.key) | digests
 
 # %% ../../nbs/78a_experiment.shadows.ipynb #f4e045bc
 class _Bank(_Known):
@@ -113,7 +113,11 @@ class _Shadows(_Bank):
     def train(self, number, progress):
         "Train one shadow"
         rows = self.volumes[self.inside(number)]
-        train_network(self.run, self.settings, NetworkName('shadow', seed=number), rows, progress)
+        train_or_take(self.kept, self.run, self.settings, NetworkName('shadow', seed=number), rows, progress)
+
+    def reference_networks(self) -> list:  # as of `Arm`
+        "All shadows"
+        return [(NetworkName('shadow', seed=k), self.volumes[self.inside(k)]) for k in self.halves]
 
 
 def shadow_name(

@@ -28,6 +28,7 @@ from .extras import all_arms
 from .networks import trained_networks
 from .outcomes import Planned, about_request, plan_requests, write_requests
 from .protocol import start_run, write_results
+from .reuse import at_hand, kept_networks, take_kept
 from .requests import known_networks, network_key, read_requests, take_over, to_take_over
 from .runs import Run, load_volumes, write_timing
 from .settings import prepare
@@ -64,12 +65,13 @@ def _claim(out, settings, data, veil, write=True):
     claim(out, record, path.name, write=write, **about)
 
 
-def _begin(out, preset, plan, data):
+def _begin(out, preset, plan, data, kept_for):
     "The folder of a request, its arms, and whatever data they need besides"
     if data:
         private_folder(out / plan.name)
     run, splits = start_run(out / plan.name, preset, plan.settings, data, splits=plan.splits, veil=plan.veil)
-    return _Begun(plan, run, all_arms(run.out, plan.settings, splits, home=out, veil=plan.veil))
+    kept = kept_for(run.threads)
+    return _Begun(plan, run, all_arms(run.out, plan.settings, splits, home=out, veil=plan.veil, kept=kept))
 
 # %% ../../nbs/86_experiment.study.ipynb #47dde05b
 def _all_known(begun):
@@ -78,6 +80,12 @@ def _all_known(begun):
     for b in reversed(begun):
         known |= known_networks(b.run, b.plan.settings, b.plan.splits)
     return known
+
+
+def _kept_for(reuse, out, veil, **shared):
+    "What makes the kept networks of a run of this study, by its threads"
+    kept_networks(reuse, out, veil, write=False, **shared)  # complain before anything is written
+    return lambda threads: kept_networks(reuse, out, veil, threads=threads, **shared)
 
 
 def _work_ahead(begun):
@@ -140,6 +148,7 @@ def run_requests(
     identifiers: bool = False,  # as in `run_protocol`
     key=None,  # as in `run_protocol`
     forgotten_pictures: bool = False,  # as in `run_protocol`
+    reuse=None,  # as in `run_protocol`
     **settings,  # as in `run_protocol`, but query and reason
 ) -> pd.DataFrame:  # with REQUEST_COLUMNS: a row for each request and network
     "Run the experiment for every request of a file, or what is left of it. Raises `DataError` on bad input"
@@ -150,13 +159,16 @@ def run_requests(
     _claim(out, chosen, data, veil, write=False)
     volumes = load_volumes(out, chosen, data, show, veil=veil, **index) if data else None
     people = dict(private=bool(data), pictures=forgotten_pictures)
+    kept_for = _kept_for(reuse, out, veil, private=bool(data), devices=devices, key=key)
     with at_work(out, data):
         _claim(out, chosen, data, veil)
         volumes = load_volumes(out, chosen, None, show) if volumes is None else volumes
         plans = plan_requests(file, lines, chosen, volumes, veil)
-        begun = [_begin(out, preset, plan, data) for plan in plans if plan.splits is not None]
+        begun = [_begin(out, preset, plan, data, kept_for) for plan in plans if plan.splits is not None]
         for arm in (arm for b in begun for arm in b.arms):
             arm.write_data(show)
+        for b in begun:
+            take_kept(b.arms)
         with Progress(sum(_work_ahead(begun)), show) as progress:
             for b in begun:
                 _finish(b, _all_known(begun), at_once, devices, progress, **people)
@@ -165,7 +177,7 @@ def run_requests(
         return write_requests(out, plans)
 
 # %% ../../nbs/86_experiment.study.ipynb #acea63d1
-def _planned_rows(plans, arms, times, relative):
+def _planned_rows(plans, arms, times, relative, kept):
     "What each request would take, beyond what those before it have trained"
     known, rows = set(), []
     for plan in plans:
@@ -177,7 +189,8 @@ def _planned_rows(plans, arms, times, relative):
                 n.stage: network_key(plan.settings, plan.splits, n)
                 for n in trained_networks(plan.settings, plan.splits)
             }
-            shared = [stage for stage, key in keys.items() if key in known]
+            hand = at_hand(kept, plan.settings, plan.splits)
+            shared = [stage for stage, key in keys.items() if key in known or stage in hand]
             known |= set(keys.values())
             jobs = plan_table(arms[plan.name], times, relative)
             jobs = jobs[~jobs.job.isin(shared)]
@@ -231,6 +244,7 @@ def dry_run_requests(
     out=None,  # folder of the study, for the Original that may be there; None: there is none
     identifiers: bool = False,  # as in `run_protocol`
     key=None,  # as in `run_protocol`
+    reuse=None,  # as in `run_protocol`; counts with `data`, for simulated scans are not there yet
     **settings,  # as in `run_requests`
 ) -> tuple:  # (table with one row a request, seconds for all)
     "What `run_requests` would do with the same arguments, and about its cost; raises `DataError` as that would"
@@ -238,6 +252,7 @@ def dry_run_requests(
     lines, simulated = read_requests(file, chosen.request.allow_mixed), not data and bool(chosen.data.preset)
     veil = veil_of(data, identifiers, key, out)
     index = dict(strict=strict, organ=organ, unchecked=unchecked, veil=veil)
+    kept = kept_networks(reuse, out, veil, devices=devices, key=key, write=False)
     with tempfile.TemporaryDirectory() as folder:
         if simulated:
             volumes = planned_index(chosen.data.preset, folder, chosen.seed)
@@ -250,7 +265,7 @@ def dry_run_requests(
         times, relative = slice_costs(chosen, real[0].splits, n)
         extras = True if simulated else None
         arms = {p.name: all_arms(Path(folder) / 'run' / p.name, p.settings, p.splits, extras) for p in real}
-        table = _planned_rows(plans, arms, times, relative)
+        table = _planned_rows(plans, arms, times, relative, None if simulated else kept)
     table['level'] = _levels(out, file, lines, chosen, data, plans, **index)
     return table, float(table.seconds.sum()) / at_once
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..data.people import Veil
 from .arms import Arm, run_stages, scoring_work, unlearning_work
 from .networks import agree_with_oracles, trained_networks, unlearned_learner, used_fraction
 from .protocol import start_run
+from .reuse import kept_networks, note_reused, take_kept
 from .runs import write_timing
 from .settings import Settings, prepare
 from .surroundings import at_work
@@ -268,18 +270,23 @@ def tune(
     show: bool = True,  # a progress bar
     jobs: int = None,  # processes, as in `run_protocol`
     devices=None,  # as in `run_protocol`
+    reuse=None,  # as in `run_protocol`
     **settings,  # that replace those of the preset, as in `run_protocol`
 ) -> pd.DataFrame:  # one row a trial
     "Choose settings by equally many trials of each method; those made before count. Raises `DataError` on bad input"
     trials, out, start = choose_trials(methods, trials), Path(out), time.perf_counter()
     chosen, at_once = _rehearsal_settings(preset, trials, seed, settings), processes(jobs, devices)
     _check_scores(out)
+    kept_networks(reuse, out, Veil(), write=False)  # complain before anything is written
     with at_work(out, None):
         run, splits = start_run(out, preset, chosen, show=show)
         arm = Rehearsal(out, chosen, splits, trials)
+        arm.kept = kept_networks(reuse, out, Veil(), devices=devices, threads=run.threads)
         _check_trials(arm)
+        taken = take_kept([arm])
         ahead = run_stages(arm.stages(), at_once, show, devices, threads=run.threads)
-        if ahead or not (out / 'timing.json').exists():
+        note_reused(run, [arm])
+        if ahead or taken or not (out / 'timing.json').exists():
             write_timing(run, time.perf_counter() - start)
         table = trial_table(arm)
         write_csv(out / 'trials.csv', table)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIVATE', 'TEXT_COLUMNS', 'DataError', 'ran_short', 'atomic_path', 'write_json', 'write_csv', 'visible', 'read_bytes',
-           'read_text', 'read_json', 'read_csv', 'file_digest', 'data_digest', 'claim']
+           'read_text', 'read_json', 'read_csv', 'file_digest', 'data_digest', 'claim', 'also_at']
 
 # %% ../../nbs/06_machinery.disk.ipynb #0e6cd696
 import glob
@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 import time
 from contextlib import contextmanager
@@ -307,3 +308,15 @@ def claim(
             f'{folder}: holds {what} (there → asked for: {"; ".join(changed[:6])}{more}); {advice}, or delete this one'
         )
     return found
+
+# %% ../../nbs/06_machinery.disk.ipynb #4422be90
+def also_at(
+    path,  # Path: the second place; missing folders are made
+    file,  # str or Path: the file
+):
+    "The same file at a second place"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, path)
+    except OSError:  # not every disk can
+        shutil.copyfile(file, path)

@@ -29,18 +29,12 @@ from mri_unlearn.show.reading import (
     left_out,
     provenance,
     read_run,
+    reused_text,
     sides_of,
     split_sizes,
     with_gaps,
 )
-from mri_unlearn.show.report import (
-    headline,
-    section,
-    sections_in_order,
-    short_columns,
-    summary_table,
-    to_markdown,
-)
+from .report import headline, section, sections_in_order, short_columns, summary_table, to_markdown
 from .sections import as_cells, on_these_scans
 
 # %% ../../nbs/74_show.page.ipynb #1ee0eb5e
@@ -143,7 +137,8 @@ def _data(run):
 # %% ../../nbs/74_show.page.ipynb #6a5aceb0
 _COST = """{% if cost.rows %}<p>{% if oracle %}Slices that went forward and backward, relative to training one
 Oracle, and time {% else %}Time {% endif %}on the machine of this run.</p>
-{{ t.table(cost.head, cost.rows, ['network']) }}{% else %}<p>No cost was recorded.</p>{% endif %}"""
+{{ t.table(cost.head, cost.rows, ['network']) }}
+{%- if reused %}<p>{{ reused }}</p>{% endif %}{% else %}<p>No cost was recorded.</p>{% endif %}"""
 
 
 def _cost_table(summary):
@@ -160,7 +155,7 @@ def _cost_table(summary):
 
 @section('What it cost', after='exposed', template=_COST)
 def _cost(run):
-    return dict(cost=as_cells(_cost_table(run.summary)), oracle=has_oracle(run.summary))
+    return dict(cost=as_cells(_cost_table(run.summary)), oracle=has_oracle(run.summary), reused=reused_text(run))
 
 # %% ../../nbs/74_show.page.ipynb #545dbdfa
 _LIMITS = """<ul>
@@ -177,13 +172,15 @@ that appears or vanishes hardly moves them.</li>
 every gap.{% else %}There is no Oracle, so what a network that never saw the data would score is unknown, and with it
 whether too little or too much was forgotten.{% endif %}</li>
 {% if simulated %}<li>The data are simulated. How the methods rank on measured data may differ.</li>{% endif %}
-<li>The data themselves, backups, and other networks trained on them are not touched by this run.</li></ul>"""
+<li>The data themselves, backups, and other networks trained on them are not touched by this run.
+{%- if kept %} Copies of {{ kept }} of its networks are kept for later runs.{% endif %}</li></ul>"""
 
 
 @section('What was not proven', after='cost', template=_LIMITS)
 def _limits(run):
     attacked = run.checks.get('privacy') is not None
-    return dict(simulated=is_simulated(run), seeds=int(run.summary.model.eq('oracle').sum()), attacked=attacked)
+    said = dict(simulated=is_simulated(run), seeds=int(run.summary.model.eq('oracle').sum()), attacked=attacked)
+    return said | dict(kept=len(run.config.get('kept') or ()))
 
 # %% ../../nbs/74_show.page.ipynb #836098b6
 _SETTINGS = """<p>Revision of the code: <code>{{ revision or 'not recorded' }}</code>. Everything that was set:</p>

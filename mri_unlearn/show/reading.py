@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUMMARY_SCORES', 'SUMMARY', 'RESULTS', 'RUN_TABLES', 'FORMER', 'read_table', 'read_config', 'read_run', 'split_sizes',
-           'provenance', 'is_simulated', 'has_oracle', 'with_gaps', 'distance', 'one_per_method', 'tested',
-           'oracle_band', 'sides_of', 'judged_scans', 'left_out']
+           'provenance', 'is_simulated', 'reused_text', 'has_oracle', 'with_gaps', 'distance', 'one_per_method',
+           'tested', 'oracle_band', 'sides_of', 'judged_scans', 'left_out']
 
 # %% ../../nbs/68_show.reading.ipynb #8f39f6d8
 import os
@@ -172,6 +172,20 @@ def is_simulated(
     "Whether all data of a run are simulated"
     sources = _sources(run)
     return 'measured' not in sources if sources else None
+
+
+def reused_text(
+    run,  # of `read_run`; its config is asked
+) -> str:
+    "A sentence on networks that were not trained in a run; empty where all were"
+    reused = run.config.get('reused')
+    if not isinstance(reused, dict) or not reused:
+        return ''
+    named = ', '.join(f'{stage} ({key})' for stage, key in reused.items())
+    return (
+        f'Not trained in this run, but taken from networks that earlier runs have trained on the same scans in the '
+        f'same way: {named}. Their seconds are those of that training, which this run did not spend.'
+    )
 
 # %% ../../nbs/68_show.reading.ipynb #f1621ac2
 def has_oracle(
