@@ -16,7 +16,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from .files import _dataset, _kspace, _mask, _open, _target
+from .files import _DAMAGED, _dataset, _kspace, _mask, _open, _target
 from .header import LARGEST_HEADER, Header, crop_size, header_from_xml, padding_in
 from ..machinery.disk import DataError
 
@@ -42,11 +42,26 @@ def _plain(value):
     return value if isinstance(value, (np.bool_, np.integer, np.floating)) else type(value)
 
 
+_USUAL = {name: (_TEXT, _TEXT_TYPE) for name in ('acquisition', 'patient_id')} | {'max': (np.dtype(float), _FLOAT64)}
+
+
+def _usual(attribute, name):
+    "One text or one number where such is usual, else None: HDF5 refuses to convert anything else, or several to one"
+    out, kind = np.empty(1, _USUAL[name][0]), _USUAL[name][1]
+    try:
+        attribute.read(out, kind)
+    except _DAMAGED:
+        return None
+    return _plain(out[0])
+
+
 def _attr(f, name):
     "Attribute `name`: a number, or text without padding; a tuple of several; None where it is absent or empty."
     if not h5py.h5a.exists(f, name.encode()):
         return None
     attribute = h5py.h5a.open(f, name.encode())
+    if name in _USUAL and (value := _usual(attribute, name)) is not None:
+        return value
     kind = attribute.get_type()
     try:
         size = attribute.get_storage_size()
@@ -70,6 +85,13 @@ def _attr(f, name):
 def _xml(f, path):
     "The text of the header, or its bytes."
     ds, shape = _dataset(f, path, 'ismrmrd_header', (0, 1, 2))
+    if shape == ():
+        xml = np.empty(shape, _TEXT)
+        try:
+            ds.read(h5py.h5s.ALL, h5py.h5s.ALL, xml, _TEXT_TYPE)
+            return xml[()]
+        except _DAMAGED:
+            pass  # no text of free length, the usual form
     stored = ds.get_type()
     text, size = _is_text(stored), math.prod(shape) * stored.get_size()
     if size > LARGEST_HEADER:
@@ -140,12 +162,14 @@ def read_meta(
         shape = _kspace(f, path)[1]
         _weighed(f, shape, path)
         header = header_from_xml(_xml(f, path), path, shape[-2:], HEADER_FIELDS)
-        attrs = {k: v for k in ATTRIBUTES if (v := _attr(f, k)) is not None}
+        there = []
+        h5py.h5a.iterate(f, there.append)
+        attrs = {k: v for k in ATTRIBUTES if k.encode() in there and (v := _attr(f, k)) is not None}
         return FileMeta(
             shape,
             _target(f, path, len(shape))[1],
             _mask(f, path, shape) is not None,
-            header.simulated or _says_yes(_attr(f, 'simulated')),
+            header.simulated or b'simulated' in there and _says_yes(_attr(f, 'simulated')),
             header,
             attrs,
         )
