@@ -42,26 +42,11 @@ def _plain(value):
     return value if isinstance(value, (np.bool_, np.integer, np.floating)) else type(value)
 
 
-_USUAL = {name: (_TEXT, _TEXT_TYPE) for name in ('acquisition', 'patient_id')} | {'max': (np.dtype(float), _FLOAT64)}
-
-
-def _usual(attribute, name):
-    "One text or one number where such is usual, else None: HDF5 refuses to convert anything else, or several to one"
-    out, kind = np.empty(1, _USUAL[name][0]), _USUAL[name][1]
-    try:
-        attribute.read(out, kind)
-    except _DAMAGED:
-        return None
-    return _plain(out[0])
-
-
 def _attr(f, name):
     "Attribute `name`: a number, or text without padding; a tuple of several; None where it is absent or empty."
     if not h5py.h5a.exists(f, name.encode()):
         return None
     attribute = h5py.h5a.open(f, name.encode())
-    if name in _USUAL and (value := _usual(attribute, name)) is not None:
-        return value
     kind = attribute.get_type()
     try:
         size = attribute.get_storage_size()
