@@ -16,7 +16,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from .files import _DAMAGED, _dataset, _kspace, _mask, _open, _target
+from .files import _dataset, _kspace, _mask, _open, _target
 from .header import LARGEST_HEADER, Header, crop_size, header_from_xml, padding_in
 from ..machinery.disk import DataError
 
@@ -44,9 +44,10 @@ def _plain(value):
 
 def _attr(f, name):
     "Attribute `name`: a number, or text without padding; a tuple of several; None where it is absent or empty."
-    if not h5py.h5a.exists(f, name.encode()):
+    try:
+        attribute = h5py.h5a.open(f, name.encode())
+    except KeyError:
         return None
-    attribute = h5py.h5a.open(f, name.encode())
     kind = attribute.get_type()
     try:
         size = attribute.get_storage_size()
@@ -70,13 +71,6 @@ def _attr(f, name):
 def _xml(f, path):
     "The text of the header, or its bytes."
     ds, shape = _dataset(f, path, 'ismrmrd_header', (0, 1, 2))
-    if shape == ():
-        xml = np.empty(shape, _TEXT)
-        try:
-            ds.read(h5py.h5s.ALL, h5py.h5s.ALL, xml, _TEXT_TYPE)
-            return xml[()]
-        except _DAMAGED:
-            pass  # no text of free length, the usual form
     stored = ds.get_type()
     text, size = _is_text(stored), math.prod(shape) * stored.get_size()
     if size > LARGEST_HEADER:
@@ -226,14 +220,8 @@ def one_spelling(
     return patients.map({name: first[alike(name)] for name in spelled})
 
 # %% ../../nbs/20_data.meta.ipynb #4fb21900
-PARTS_OF_BODY = {
-    'head': 'brain',
-    'neuro': 'brain',
-    'lower extremity': '',
-    'extremity': '',
-    'other': '',
-    'unspecified': '',
-}
+PARTS_OF_BODY = {'head': 'brain', 'neuro': 'brain'}  # '': says nothing
+PARTS_OF_BODY |= dict.fromkeys(('lower extremity', 'extremity', 'other', 'unspecified'), '')
 SEQUENCES = (r'AX(T1|T2|FLAIR)', 'brain'), (r'CORPD', 'knee')
 FILE_NAMES = (r'file1\d{6}(_v\d+)?\.', 'knee'), (r'file_([a-z]+)_', None)  # None: the word itself
 
