@@ -56,7 +56,7 @@ def _open(path):
         try:
             yield f
         finally:
-            f.close()
+            h5py.h5i.dec_ref(f)  # `f.close()` would take as long as opening: it looks through all that h5py has open
     except DataError:
         raise
     except _DAMAGED as e:
@@ -84,16 +84,19 @@ def _inside(f, path, name):
     DataError: what it holds lies outside of this file, so that one scan could show another, or anything at all."""
     try:
         found = h5py.h5o.open(f, name.encode())
-    except KeyError:
+    except (KeyError, OSError):
         if name.encode() in f:
             raise  # it is there, and damaged
         return None
+    elsewhere = h5py.h5f.get_name(found) != h5py.h5f.get_name(f)
+    whole = isinstance(found, h5py.h5d.DatasetID)
+    if not elsewhere and whole and found.get_offset() is not None:
+        return found  # numbers in one piece of this file, and so packed by no filter
     stat = os.stat(path)
     seen = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, name
-    if seen in _SOUND:
+    if not elsewhere and seen in _SOUND:
         return found
-    elsewhere = h5py.h5f.get_name(found) != h5py.h5f.get_name(f)
-    if not elsewhere and isinstance(found, h5py.h5d.DatasetID):
+    if not elsewhere and whole:
         made = found.get_create_plist()
         elsewhere = made.get_layout() == h5py.h5d.VIRTUAL or made.get_external_count() > 0
         _check_filters(made, path, name)
@@ -107,9 +110,9 @@ def _inside(f, path, name):
     return found
 
 # %% ../../nbs/19_data.files.ipynb #e22bf0b0
-def _dataset(f, path, name, ndims):
-    "Dataset `name` with one of the numbers of axes `ndims`, as HDF5's object, and its shape."
-    ds = _inside(f, path, name)
+def _dataset(f, path, name, ndims, ds=None):
+    "Dataset `name` with one of the numbers of axes `ndims`, as HDF5's object (`ds`, if it is open), and its shape."
+    ds = _inside(f, path, name) if ds is None else ds
     if not isinstance(ds, h5py.h5d.DatasetID):
         there = sorted(h5py.File(f))
         what = 'A raw ISMRMRD file has to be converted first.' if 'dataset' in there else 'Is it a fastMRI file?'
@@ -124,6 +127,7 @@ def _dataset(f, path, name, ndims):
 
 # %% ../../nbs/19_data.files.ipynb #2ffb9e5a
 _PAIRS = ('r', 'i'), ('real', 'imag'), ('re', 'im')
+_COMPLEX64 = h5py.h5t.py_create(np.dtype(np.complex64))
 
 
 def _parts(dtype):
@@ -148,7 +152,8 @@ def _plainly_complex(kind):
 def _kspace(f, path):
     "The k-space: [slices, coils, H, W] or [slices, H, W], complex, not empty."
     ds, shape = _dataset(f, path, 'kspace', (3, 4))
-    if not _plainly_complex(ds.get_type()) and ds.dtype.kind != 'c' and not _parts(ds.dtype):
+    kind = ds.get_type()
+    if not kind.equal(_COMPLEX64) and not _plainly_complex(kind) and ds.dtype.kind != 'c' and not _parts(ds.dtype):
         raise DataError(
             f'{path}: k-space must be complex, found {ds.dtype} of shape {shape}. '
             'Write it as complex64, or as records of real and imaginary parts named so.'
@@ -204,9 +209,10 @@ def _target(f, path, axes):
     It is `reconstruction_esc` in files of one coil (k-space of 3 axes) that have it, else `reconstruction_rss`."""
     single = axes == 3 and b'reconstruction_esc' in f
     name = 'reconstruction_esc' if single else 'reconstruction_rss'
-    if name.encode() not in f:
+    ds = _inside(f, path, name)
+    if ds is None:
         return None, None
-    ds, shape = _dataset(f, path, name, (3,))
+    ds, shape = _dataset(f, path, name, (3,), ds)
     if ds.get_type().get_class() not in _REAL:
         raise DataError(f'{path}: {name} must hold real numbers, found {ds.dtype}. Write the magnitude as float32.')
     return ds, shape
@@ -266,9 +272,11 @@ def _named(where, advice='Write it as one number a column, 0 or 1, or remove it 
 
 def _mask(f, path, shape):
     "bool [1, W] or [slices, W], the columns that the file itself says were measured, of k-space of a shape; or None."
-    if b'mask' not in f:
+    if not f.links.exists(b'mask'):
         return None
     ds = _inside(f, path, 'mask')
+    if ds is None:
+        return None
     with _named(f'{path}: its mask cannot be used:'):
         if isinstance(ds, h5py.h5d.DatasetID) and np.prod(ds.shape or (), dtype=object) > np.prod(shape, dtype=object):
             raise ValueError(f'it has the shape {ds.shape}, more than k-space of {shape}')  # before it is read

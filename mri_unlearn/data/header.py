@@ -9,6 +9,7 @@ __all__ = ['HZ_PER_TESLA', 'LARGEST_HEADER', 'Geometry', 'Header', 'padding_in',
 import math
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from ..machinery.disk import DataError
 
@@ -263,7 +264,7 @@ def _root(xml):
 
 def _only_encoding_of(root, size):
     "Leave the encoding whose matrix is `size`, where there is one and others as well."
-    several = [e for e in root if _local(e) == 'encoding']
+    several = [e for e in root if e.tag.endswith('encoding') and _local(e) == 'encoding']
     if size is None or len(several) < 2:
         return
 
@@ -277,7 +278,10 @@ def _only_encoding_of(root, size):
             root.remove(encoding)
 
 # %% ../../nbs/17_data.header.ipynb #990bc590
-_TREES = {}  # one for each choice of fields
+@lru_cache(None)
+def _tree_of(names):
+    "The tree of a choice of fields."
+    return _tree({name: _PATHS[name] for name in names})
 
 
 def _users(root):
@@ -299,8 +303,7 @@ def header_from_xml(
     try:
         root = _root(xml)
         _only_encoding_of(root, size)
-        tree = _TREES.setdefault(names, _tree({name: _PATHS[name] for name in names}))
-        said = {name: _value(element, name) for name, element in _found(root, tree, {}).items()}
+        said = {name: _value(element, name) for name, element in _found(root, _tree_of(names), {}).items()}
         missing = [_PATHS[name] for name in _MATRIX if said.get(name) is None]
         if missing:
             raise DataError(f'it says no {" and no ".join(missing)}')

@@ -44,9 +44,10 @@ def _plain(value):
 
 def _attr(f, name):
     "Attribute `name`: a number, or text without padding; a tuple of several; None where it is absent or empty."
-    if not h5py.h5a.exists(f, name.encode()):
+    try:
+        attribute = h5py.h5a.open(f, name.encode())
+    except KeyError:
         return None
-    attribute = h5py.h5a.open(f, name.encode())
     kind = attribute.get_type()
     try:
         size = attribute.get_storage_size()
@@ -140,12 +141,14 @@ def read_meta(
         shape = _kspace(f, path)[1]
         _weighed(f, shape, path)
         header = header_from_xml(_xml(f, path), path, shape[-2:], HEADER_FIELDS)
-        attrs = {k: v for k in ATTRIBUTES if (v := _attr(f, k)) is not None}
+        there = []
+        h5py.h5a.iterate(f, there.append)
+        attrs = {k: v for k in ATTRIBUTES if k.encode() in there and (v := _attr(f, k)) is not None}
         return FileMeta(
             shape,
             _target(f, path, len(shape))[1],
             _mask(f, path, shape) is not None,
-            header.simulated or _says_yes(_attr(f, 'simulated')),
+            header.simulated or b'simulated' in there and _says_yes(_attr(f, 'simulated')),
             header,
             attrs,
         )
@@ -217,14 +220,8 @@ def one_spelling(
     return patients.map({name: first[alike(name)] for name in spelled})
 
 # %% ../../nbs/20_data.meta.ipynb #4fb21900
-PARTS_OF_BODY = {
-    'head': 'brain',
-    'neuro': 'brain',
-    'lower extremity': '',
-    'extremity': '',
-    'other': '',
-    'unspecified': '',
-}
+PARTS_OF_BODY = {'head': 'brain', 'neuro': 'brain'}  # '': says nothing
+PARTS_OF_BODY |= dict.fromkeys(('lower extremity', 'extremity', 'other', 'unspecified'), '')
 SEQUENCES = (r'AX(T1|T2|FLAIR)', 'brain'), (r'CORPD', 'knee')
 FILE_NAMES = (r'file1\d{6}(_v\d+)?\.', 'knee'), (r'file_([a-z]+)_', None)  # None: the word itself
 

@@ -23,6 +23,8 @@ import mri_unlearn
 from .cache import cache_folder, sweep
 from .direct import _settled
 from mri_unlearn.data.meta import (
+    FILE_NAMES,
+    _by,
     check_axes,
     image_size_of,
     organ_of,
@@ -74,21 +76,22 @@ class _Found(NamedTuple):
     path: str  # as spelled by the user
     root: str  # the folder below which it was found; '' for a file named by the user
     rel: str  # path below `root`
-    stamp: list  # [size, mtime, ctime]; empty where there is none
+    stamp: tuple  # (size, mtime, ctime); empty where there is none
 
 
 ENDINGS = '.h5', '.hdf5'  # in small or large letters
 PACKED = tuple(ending + packed for ending in ENDINGS for packed in ('.gz', '.bz2', '.xz', '.zst', '.zip'))
+_LOOKED_AT = ENDINGS + PACKED
 DEEPEST = 64  # folders in each other
 
 
 def _stamp(entry):
-    "[size, mtime, ctime] of a directory entry; empty where there is none."
+    "(size, mtime, ctime) of a directory entry; empty where there is none."
     try:
         stat = entry.stat()
     except OSError:
-        return []
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        return ()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _unusable(entry):
@@ -117,16 +120,16 @@ def _walk(root, rel, seen, found, odd):
     except OSError as e:
         odd[folder] = f'{folder}: the folder cannot be read ({e.strerror}).'
         return
+    spelled, above, there = ('' if p in ('', '.') else os.path.join(p, '') for p in (root, rel, real))
     for entry in here:
-        below, name = os.path.join(rel, entry.name), entry.name.lower()
-        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-            _walk(root, below, seen, found, odd)
-        elif name.endswith(ENDINGS + PACKED) and (reason := _unusable(entry)):
+        name, low, link = entry.name, entry.name.lower(), entry.is_symlink()
+        if os.path.isdir(entry.path) if link else entry.is_dir():
+            _walk(root, above + name, seen, found, odd)
+        elif low.endswith(_LOOKED_AT) and (reason := _unusable(entry)):
             odd[entry.path] = reason
-        elif name.endswith(ENDINGS):
-            at = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-            path = below if root == '.' else os.path.join(root, below)
-            found.setdefault(at, _Found(path, root, below, _stamp(entry)))
+        elif low.endswith(ENDINGS):
+            at = os.path.realpath(entry.path) if link else there + name
+            found.setdefault(at, _Found(spelled + above + name, root, above + name, _stamp(entry)))
 
 # %% ../../nbs/21_data.volumes.ipynb #6d25b2e5
 def _volume_files(roots):
@@ -142,7 +145,7 @@ def _volume_files(roots):
         if os.path.isdir(root):
             _walk(str(root), '', set(), here, odd)
         else:
-            here[os.path.realpath(root)] = _Found(str(root), '', root.name, [])
+            here[os.path.realpath(root)] = _Found(str(root), '', root.name, ())
         if not here:
             empty = f'{root}: holds no *.h5 file, also not in its subfolders. Expected a folder of fastMRI files.'
             raise DataError(next(iter(odd.values()), empty))
@@ -176,16 +179,18 @@ def _cache_file(root):
 
 _TEXTS = set('fname organ acquisition patient_id site source body_part study'.split())
 _YES_OR_NO = {'has_target', 'simulated', 'has_mask'}
-_KINDS = [str if c in _TEXTS else bool if c in _YES_OR_NO else (int, float) for c in COLUMNS[2:]]
+_KINDS = [{str} if c in _TEXTS else {bool} if c in _YES_OR_NO else {int, float} for c in COLUMNS[2:]]
+_KEPT = [{str}, *[{int}] * 3, *_KINDS]  # path below the folder, stamp, values
 
 
-def _is_row(stamp, row):
-    "Does what was kept of a file have the form of a row? Whoever can write the cache can seal anything."
-    return len(stamp) == 3 and len(row) == len(_KINDS) and all(map(isinstance, row, _KINDS))
+def _are_rows(columns):
+    "Do kept columns have the form of rows? Whoever can write the cache can seal anything."
+    one_each = len(columns) == len(_KEPT) and len(set(map(len, columns))) == 1
+    return one_each and all(set(map(type, column)) <= kinds for column, kinds in zip(columns, _KEPT))
 
-
+# %% ../../nbs/21_data.volumes.ipynb #f2ec384d
 def _load_rows(root):
-    "The kept rows {path below `root`: [stamp, values]}; none where the cache is missing, damaged or of other code."
+    "The kept rows {path below `root`: (stamp, values)}; none where the cache is missing, damaged or of other code."
     try:
         file = _cache_file(root)
         first, _, body = file.read_bytes().partition(b'\n') if file.is_file() else (b'', b'', b'')
@@ -193,16 +198,18 @@ def _load_rows(root):
             return {}
         if time.time() - file.stat().st_mtime > 86_400:
             os.utime(file)  # still in use
-        rows = json.loads(body.partition(b'\n')[2])
-        return rows if all(_is_row(stamp, row) for stamp, row in rows.values()) else {}
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError):
+        columns = json.loads(body.partition(b'\n')[2])
+        if not _are_rows(columns):
+            return {}
+        return dict(zip(columns[0], zip(zip(*columns[1:4]), zip(*columns[4:]))))
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError):
         return {}
 
 
-def _save_rows(root, rows):
-    "Keep `rows`, below the folder that they are of."
+def _save_columns(root, columns):
+    "Keep what `_are_rows` looks at, below the folder that it is of."
     try:
-        file, body = _cache_file(root), f'{json.dumps(os.path.realpath(root))}\n{json.dumps(rows)}'.encode()
+        file, body = _cache_file(root), f'{json.dumps(os.path.realpath(root))}\n{json.dumps(columns)}'.encode()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic_path(file) as tmp:
             tmp.touch(mode=0o600)
@@ -210,12 +217,15 @@ def _save_rows(root, rows):
     except (OSError, RuntimeError, DataError):
         pass
 
+
+def _save_rows(root, rows):
+    "Keep `rows`, a list for each column: a few long lists are read much faster than many short ones."
+    _save_columns(root, list(zip(*((rel, *stamp, *values) for rel, (stamp, values) in rows.items()))))
+
 # %% ../../nbs/21_data.volumes.ipynb #5cf27d1b
 def _found_otherwise(root, rows, here):
     "Those of the kept `rows` that are not asked for now, and whose file is still there."
-    return {
-        rel: row for rel, row in rows.items() if (root, rel) not in here and os.path.exists(os.path.join(root, rel))
-    }
+    return {rel: rows[rel] for rel in rows.keys() - here if os.path.exists(os.path.join(root, rel))}
 
 
 def _scan_each(files, strict, progress, skipped):
@@ -238,9 +248,8 @@ def _rows(files, strict, cache, progress):
     roots = {file.root for file in files if file.root} if cache else set()
     if cache:
         sweep()
-    here = {(file.root, file.rel) for file in files}
     kept = {root: _load_rows(root) for root in roots}
-    new = {root: _found_otherwise(root, kept[root], here) for root in roots}
+    new = {root: _found_otherwise(root, kept[root], {f.rel for f in files if f.root == root}) for root in roots}
     rows, skipped = {}, {}
     for file in files:
         old = kept.get(file.root, {}).get(file.rel)
@@ -251,7 +260,7 @@ def _rows(files, strict, cache, progress):
     for file, values, settled in _scan_each(todo, strict, progress, skipped):
         rows[file.path] = values
         if settled and file.root in roots:
-            new[file.root][file.rel] = [file.stamp, values]
+            new[file.root][file.rel] = file.stamp, values
     for root in roots:
         if new[root] != kept[root]:
             _save_rows(root, new[root])
@@ -270,13 +279,14 @@ def _left_out(n, skipped, odd):
 
 def _contradictions(index, user):
     "The warning about volumes of which several sources say different things, None where there are none"
-    columns = zip(index.fname, index.acquisition, index.body_part)
-    words = [organ_words(*row, user or '') for row in columns]
-    differ = [i for i, said in enumerate(words) if len(set(said.values())) > 1]
+    rows = list(zip(*(index[c].tolist() for c in ('fname', 'acquisition', 'body_part'))))
+    kinds = [(_by(FILE_NAMES, fname), *row) for fname, *row in rows]  # few, of many scans
+    words = {kind: organ_words(*row, user or '') for kind, row in dict(zip(kinds, rows)).items()}
+    differ = [i for i, kind in enumerate(kinds) if len(set(words[kind].values())) > 1]
     if not differ:
         return None
     first = differ[0]
-    says = ', '.join(f'{source} says {organ}' for source, organ in words[first].items())
+    says = ', '.join(f'{source} says {organ}' for source, organ in words[kinds[first]].items())
     return (
         f'{len(differ)} of {len(index)} volumes are said to show different things; the first: '
         f'{index.path[first]}: {says}; taken for {index.organ[first]}. Whoever comes first is believed, and where '
@@ -303,13 +313,15 @@ def index_volumes(
     if not rows:
         first = next(iter(skipped.values()), 'no folder given')
         raise DataError(f'none of {len(files)} files can be used; the first: {first}')
-    folder = {d: os.path.basename(os.path.abspath(d)) for d in {os.path.dirname(p) for p in rows}}
-    table = [[p, folder[os.path.dirname(p)], *rows[p]] for p in (file.path for file in files) if p in rows]
-    index = pd.DataFrame(dict(zip(COLUMNS, map(list, zip(*table)))))
+    folder = {f.path: f.path[: f.path.rfind(os.sep) + 1] for f in files}
+    absolute = {d: os.path.abspath(d) for d in set(folder.values())}
+    name, paths = {d: os.path.basename(a) for d, a in absolute.items()}, [f.path for f in files if f.path in rows]
+    columns = paths, [name[folder[p]] for p in paths], *map(list, zip(*map(rows.get, paths)))
+    index = pd.DataFrame(dict(zip(COLUMNS, columns)))
     if organ:
         index['organ'] = [organ_of(*row, organ) for row in zip(index.fname, index.acquisition, index.body_part)]
     index.attrs['skipped'] = list((odd | skipped).items())
-    index.attrs['folders'] = sorted(map(os.path.abspath, {os.path.dirname(file.path) for file in files}))
+    index.attrs['folders'] = sorted(absolute.values())
     if skipped or odd:
         warnings.warn(_left_out(len(files), skipped, odd), stacklevel=2)
     if differ := _contradictions(index, organ):
