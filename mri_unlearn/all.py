@@ -22,6 +22,7 @@ from .machinery.private import *
 from .data.stamps import *
 from .data.header import *
 from .data.writing import *
+from .data.lines import *
 from .data.files import *
 from .data.direct import *
 from .data.meta import *
