@@ -29,6 +29,7 @@ from .data.meta import *
 from .data.cache import *
 from .data.volumes import *
 from .data.inspect import *
+from .data.pack import *
 from .data.request import *
 from .data.people import *
 from .data.slices import *

@@ -233,7 +233,7 @@ def large_pages(
     "An empty tensor as numpy makes it, which asks the system for large pages: these are filled faster at first"
     return torch.from_numpy(np.empty(shape, np.complex64))
 
-
+# %% ../../nbs/19a_data.direct.ipynb #07155e23
 def _straight(path, slice_num, choose, empty, each):
     "What `read_sampled` returns, or None where there is a doubt"
     try:
@@ -260,7 +260,7 @@ def _straight(path, slice_num, choose, empty, each):
     finally:
         os.close(fd)
 
-
+# %% ../../nbs/19a_data.direct.ipynb #23348953
 def read_sampled(
     path,  # fastMRI file
     slice_num: int,  # from 0
