@@ -22,12 +22,14 @@ from .machinery.private import *
 from .data.stamps import *
 from .data.header import *
 from .data.writing import *
+from .data.lines import *
 from .data.files import *
 from .data.direct import *
 from .data.meta import *
 from .data.cache import *
 from .data.volumes import *
 from .data.inspect import *
+from .data.pack import *
 from .data.request import *
 from .data.people import *
 from .data.slices import *

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .files import RawSlice, _kspace, _mask, _named, _of_slice, _open, _target, read_item
+from .lines import Lines, all_columns
 from ..machinery.disk import DataError
 from ..signal.kspace import check_unit
 from ..signal.masks import check_mask
@@ -82,25 +83,36 @@ def _rows_agree(fd, ds, blocks):
 class _Scan(NamedTuple):
     "What is known of a file that has not changed"
 
-    kspace: _Blocks
+    kspace: _Blocks  # of the lines that are stored
+    stored: np.ndarray | None  # bool [W], the columns that these are; None: all
     target: _Blocks | None  # None: there is none
     mask: torch.Tensor | None  # as `_mask` finds it
+
+    @property
+    def width(self):
+        return self.kspace.shape[-1] if self.stored is None else len(self.stored)
+
+    def whole(self, rows):
+        "Rows of all columns, as a tensor, of rows of those that are stored"
+        rows = rows.view(np.complex64)
+        return torch.from_numpy(rows if self.stored is None else all_columns(rows, self.stored))
 
 
 def _look(f, path):
     "The `_Scan` of an open file, None where it has to be read through HDF5. DataError: what `read_item` says"
     kspace, shape = _kspace(f, path)
-    (target, size), blocks = _target(f, path, len(shape)), _blocks(kspace, shape, np.complex64)
+    lines = (kspace.ds, kspace.stored_shape) if isinstance(kspace, Lines) else (kspace, shape)
+    (target, size), blocks = _target(f, path, len(shape)), _blocks(*lines, np.complex64)
     aim = target and _blocks(target, size, np.float32)
     if blocks is None or target and aim is None or f.get_create_plist().get_userblock():
         return None
     fd = os.open(path, os.O_RDONLY)
     try:
-        if not _rows_agree(fd, kspace, blocks) or target and not _rows_agree(fd, target, aim):
+        if not _rows_agree(fd, lines[0], blocks) or target and not _rows_agree(fd, target, aim):
             return None
     finally:
         os.close(fd)
-    return _Scan(blocks, aim, _mask(f, path, shape))
+    return _Scan(blocks, getattr(kspace, 'stored', None), aim, _mask(f, path, shape))
 
 # %% ../../nbs/19a_data.direct.ipynb #6e79197f
 _KNOWN = {}  # stamp of a file -> `_Scan`, or None: it has to be read through HDF5
@@ -137,7 +149,7 @@ def locate(
     except (DataError, OSError, ValueError):
         return False
 
-# %% ../../nbs/19a_data.direct.ipynb #a3bc37e9
+# %% ../../nbs/19a_data.direct.ipynb #20c8af61
 _OWN = threading.local()
 
 
@@ -164,35 +176,48 @@ def _free(fd):
         pass  # a disk without locks
     return True
 
+# %% ../../nbs/19a_data.direct.ipynb #a3bc37e9
+def _places(mask, stored):
+    "Of the columns that a mask keeps: (which of the stored ones they are, and which of the kept; None: all of both)"
+    kept = mask.numpy().nonzero()[0]
+    if stored is None:
+        return (None if len(kept) == len(mask) else kept), None
+    there = stored[kept]
+    at = (np.cumsum(stored) - 1)[kept[there]]
+    return (None if len(at) == stored.sum() else at), (None if there.all() else there.nonzero()[0])
 
-def _columns(fd, blocks, slice_num, mask, columns, each):
+
+def _columns(fd, scan, slice_num, mask, columns, each):
     "Read the columns that a mask keeps into complex64 [coils, H, n]; the middle rows, complex64 [coils, 1, W]"
+    blocks, (at, to) = scan.kspace, _places(mask, scan.stored)
     rows, width = blocks.shape[-2:]
-    kept, whole = mask.numpy().nonzero()[0], len(mask) == columns.shape[-1]
     middle = np.empty((blocks.coils, 1, width))
     for c, part in enumerate(columns.numpy().view(np.float64)):  # both take eight bytes, and float64 is faster to copy
-        buffer = part if whole else _buffer(rows, width)
+        buffer = part if at is None and to is None else _buffer(rows, width)
         _fill(fd, buffer, blocks.at(slice_num, c))
         middle[c, 0] = buffer[rows // 2]
-        if not whole:
-            np.take(buffer, kept, axis=1, out=part, mode='clip')  # `clip`: without a copy in between
+        if to is not None:  # some of the columns are zero, and in no file
+            part[:] = 0
+            part[:, to] = buffer if at is None else buffer[:, at]
+        elif at is not None:
+            np.take(buffer, at, axis=1, out=part, mode='clip')  # `clip`: without a copy in between
         each(columns[c : c + 1])
-    return torch.from_numpy(middle.view(np.complex64))
+    return scan.whole(middle)
 
 # %% ../../nbs/19a_data.direct.ipynb #071dabd8
-def _middle_row(fd, blocks, slice_num):
+def _middle_row(fd, scan, slice_num):
     "The middle row of each coil of a slice, complex64 [coils, 1, W]"
-    width = blocks.shape[-1]
+    blocks, width = scan.kspace, scan.kspace.shape[-1]
     out = np.empty((blocks.coils, 1, width), np.complex64)
     for c, row in enumerate(out):
         _fill(fd, row, blocks.at(slice_num, c) + blocks.shape[-2] // 2 * row.nbytes)
-    return torch.from_numpy(out)
+    return scan.whole(out)
 
 
 def _looks_well(fd, path, scan, slice_num, rows):
     "Are the middle rows of a slice in order? False: all of it has to be looked at. DataError: as `read_item`"
     with _named(f'{path}: slice {slice_num}:', 'Write k-space and target in another unit.'):
-        check_unit(rows, lambda: _middle_row(fd, scan.kspace, scan.kspace.shape[0] // 2))
+        check_unit(rows, lambda: _middle_row(fd, scan, scan.kspace.shape[0] // 2))
     if scan.mask is None:
         return True
     try:
@@ -208,7 +233,7 @@ def large_pages(
     "An empty tensor as numpy makes it, which asks the system for large pages: these are filled faster at first"
     return torch.from_numpy(np.empty(shape, np.complex64))
 
-
+# %% ../../nbs/19a_data.direct.ipynb #07155e23
 def _straight(path, slice_num, choose, empty, each):
     "What `read_sampled` returns, or None where there is a doubt"
     try:
@@ -220,9 +245,9 @@ def _straight(path, slice_num, choose, empty, each):
         scan = _KNOWN.get(state)
         if scan is None or not 0 <= slice_num < scan.kspace.shape[0] or not _free(fd):
             return None
-        mask = choose(scan.kspace.shape[-1], _of_slice(scan.mask, slice_num))
+        mask = choose(scan.width, _of_slice(scan.mask, slice_num))
         columns = empty((scan.kspace.coils, scan.kspace.shape[-2], int(mask.sum())))
-        rows = _columns(fd, scan.kspace, slice_num, mask, columns, each)
+        rows = _columns(fd, scan, slice_num, mask, columns, each)
         target = None
         if scan.target:
             target = np.empty(scan.target.shape[1:], np.float32)
@@ -235,7 +260,7 @@ def _straight(path, slice_num, choose, empty, each):
     finally:
         os.close(fd)
 
-
+# %% ../../nbs/19a_data.direct.ipynb #23348953
 def read_sampled(
     path,  # fastMRI file
     slice_num: int,  # from 0

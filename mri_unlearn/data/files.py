@@ -8,14 +8,16 @@ __all__ = ['read_slice', 'read_target', 'largest_target', 'read_mask', 'RawSlice
 # %% ../../nbs/19_data.files.ipynb #8f76277d
 import os
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib import import_module
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 import torch
 
+from .lines import Lines, _parts, _plainly_complex, all_columns
 from ..machinery.disk import DataError
 from ..signal.kspace import check_unit
 from ..signal.masks import check_mask, stored_mask
@@ -67,11 +69,13 @@ def _check_filters(made, path, name):
     "Raise `DataError` for a dataset that is packed in a way which this HDF5 cannot undo; `made`: how it was created"
     for i in range(made.get_nfilters()):
         number, _, _, called = made.get_filter(i)
+        with suppress(ImportError):
+            number < 256 or h5py.h5z.filter_avail(number) or import_module('hdf5plugin')  # knows many more
         if not h5py.h5z.filter_avail(number):
             called = called.decode(errors='replace').strip('\0 ')
             raise DataError(
                 f'{path}: its {name!r} is packed with the filter {number}{f" ({called})" if called else ""}, which is '
-                'not installed here. Install it for HDF5, or write the file again with gzip.'
+                "not installed here. pip install 'mri_unlearn[pack]' brings many; or write the file again with gzip."
             )
 
 # %% ../../nbs/19_data.files.ipynb #7da87578
@@ -126,32 +130,13 @@ def _dataset(f, path, name, ndims, ds=None):
     return ds, shape
 
 # %% ../../nbs/19_data.files.ipynb #2ffb9e5a
-_PAIRS = ('r', 'i'), ('real', 'imag'), ('re', 'im')
 _COMPLEX64 = h5py.h5t.py_create(np.dtype(np.complex64))
 
 
-def _parts(dtype):
-    "Names of the real and the imaginary part in a record, None for what is no complex number"
-    names = {name.lower(): name for name in dtype.names or ()}
-    pair = next((pair for pair in _PAIRS if set(pair) == set(names)), None)
-    if pair is None or any(dtype[n].kind not in 'fi' or dtype[n].shape for n in names.values()):
-        return None
-    return tuple(names[part] for part in pair)
-
-
-def _plainly_complex(kind):
-    "Is it what h5py makes of complex numbers? Seen from HDF5's type, which is faster than asking for numpy's"
-    compound = kind.get_class() == h5py.h5t.COMPOUND and kind.get_nmembers() == 2
-    return (
-        compound
-        and [kind.get_member_name(i) for i in (0, 1)] == [b'r', b'i']
-        and kind.get_member_class(0) == h5py.h5t.FLOAT
-    )
-
-
 def _kspace(f, path):
-    "The k-space: [slices, coils, H, W] or [slices, H, W], complex, not empty."
-    ds, shape = _dataset(f, path, 'kspace', (3, 4))
+    "The k-space: [slices, coils, H, W] or [slices, H, W], complex, not empty; `Lines` where columns were left out."
+    packed = b'kspace' not in f and b'kspace_lines' in f
+    ds, shape = _dataset(f, path, 'kspace_lines' if packed else 'kspace', (3, 4))
     kind = ds.get_type()
     if not kind.equal(_COMPLEX64) and not _plainly_complex(kind) and ds.dtype.kind != 'c' and not _parts(ds.dtype):
         raise DataError(
@@ -160,7 +145,11 @@ def _kspace(f, path):
         )
     if 0 in shape:
         raise DataError(f'{path}: k-space is empty, shape {shape}.')
-    return ds, shape
+    if packed:
+        columns, _ = _dataset(f, path, 'kspace_columns', (1,))
+        with _named(f'{path}: its kspace_columns', 'Pack the file again.'):
+            ds = Lines(ds, shape, h5py.Dataset(columns)[()])
+    return ds, ds.shape if packed else shape
 
 # %% ../../nbs/19_data.files.ipynb #f016080e
 def _read(ds, selection, dtype):
@@ -177,6 +166,9 @@ def _item(ds, shape, path, slice_num, dtype):
     "One entry of a dataset as a tensor; negative numbers are refused rather than counted from the end."
     if not 0 <= slice_num < shape[0]:
         raise DataError(f'{path}: slice {slice_num} asked for, but it holds slices 0 to {shape[0] - 1}.')
+    if isinstance(ds, Lines):
+        lines = _item(ds.ds, ds.stored_shape, path, slice_num, dtype)
+        return torch.from_numpy(all_columns(lines.numpy(), ds.stored))
     if ds.dtype != dtype:
         return torch.from_numpy(_read(ds, slice_num, dtype))
     out = np.empty(shape[1:], dtype)  # numpy asks for large pages, which are faster to fill than torch.empty

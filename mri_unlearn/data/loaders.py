@@ -110,6 +110,11 @@ def _shared(shape):
     return torch.empty(0, dtype=torch.complex64).set_(memory, 0, shape)
 
 
+def _memory():
+    "What makes room for k-space: in a worker, memory that the main process sees, too, or it would be copied there"
+    return large_pages if get_worker_info() is None else _shared
+
+
 def _collate(items):
     "Items of a batch side by side: k-space, masks and targets as lists, the rest as tensors [B]."
     kspaces, masks, low, targets, *rest = zip(*items)
@@ -162,11 +167,7 @@ class ReconDL(_Pictures, _EpochDL):
         self.keep, self.kept = keep, None
 
     def create_item(self, idxs):
-        if self.early:
-            return [self.dataset.image(i) for i in idxs]
-        # what a worker sends lies in memory that it shares with the main process: better read into it than copied there
-        empty = large_pages if get_worker_info() is None else _shared
-        return [self.dataset.sampled(i, empty) for i in idxs]
+        return [self.dataset.image(i) if self.early else self.dataset.sampled(i, _memory()) for i in idxs]
 
     def create_batch(self, b):
         return _collate(b)

@@ -89,7 +89,9 @@ def read_header(
 ) -> Header:  # all of it
     "The ISMRMRD header; no pixel is read. DataError: no header, or one that cannot be read."
     with _open(path) as f:
-        return header_from_xml(_xml(f, path), path, _kspace(f, path)[1][-2:] if b'kspace' in f else None)
+        return header_from_xml(
+            _xml(f, path), path, _kspace(f, path)[1][-2:] if b'kspace' in f or b'kspace_lines' in f else None
+        )
 
 # %% ../../nbs/20_data.meta.ipynb #f3122ac0
 class FileMeta(NamedTuple):
