@@ -225,7 +225,7 @@ def _save_rows(root, rows):
 # %% ../../nbs/21_data.volumes.ipynb #5cf27d1b
 def _found_otherwise(root, rows, here):
     "Those of the kept `rows` that are not asked for now, and whose file is still there."
-    return {rel: rows[rel] for rel in rows.keys() - here if os.path.exists(os.path.join(root, rel))}
+    return {rel: row for rel, row in rows.items() if rel not in here and os.path.exists(os.path.join(root, rel))}
 
 
 def _scan_each(files, strict, progress, skipped):

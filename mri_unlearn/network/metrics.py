@@ -93,15 +93,20 @@ def paper_loss_slices(
     return 1 - ssim_slices(pred, gt, data_range) + l1_weight * l1_slices(pred, gt, data_range)
 
 # %% ../../nbs/35_network.metrics.ipynb #8f1010a6
-def _energy(x, y=None):
-    "Sum of (x - y)^2 or of x^2 over a volume; a slice at a time, so that the difference stays in a processor's cache."
+def _row_sums(a, b):
+    "Sum of the products of two arrays [..., rows, columns] over each row."
+    return np.matmul(a[..., None, :], b[..., :, None])[..., 0, 0]
+
+
+def _energies(x, y):
+    "Sums of (x - y)^2 and x^2 over a volume; a slice at a time, so that the difference stays in a processor's cache."
     if torch.is_tensor(x):
-        return float((x if y is None else x - y).square().sum())
-    total = 0.0
-    for i in range(len(x)):
-        d = x[i] if y is None else x[i] - y[i]
-        total += float(np.einsum('ij,ij->i', d, d).sum(dtype=np.float64))
-    return total
+        return float((x - y).square().sum()), float(x.square().sum())
+    d, total = np.empty(x.shape[1:], x.dtype), np.zeros(2)
+    for a, b in zip(x, y):
+        np.subtract(a, b, d)
+        total += [_row_sums(i, i).sum(dtype=np.float64) for i in (d, a)]
+    return total.tolist()
 
 
 def _db(e, n, maxval):
@@ -140,12 +145,12 @@ def _checked(gt, pred, maxval):
         gt, pred = (x.to(torch.promote_types(gt.dtype, pred.dtype)).numpy() for x in (gt, pred))
     maxval = float(gt.max() if maxval is None else maxval)
     with np.errstate(all='ignore'):
-        e, E = _energy(gt, pred), _energy(gt)
+        e, E = _energies(gt, pred)
     if not (1e-12 < maxval < 1e12 and e + E < 1e11 * maxval**2):
         _no_holes(ground_truth=gt, prediction=pred)
         if not torch.is_tensor(gt):
             gt, pred = gt.astype(np.float64), pred.astype(np.float64)
-        e, E = _energy(gt, pred), _energy(gt)
+        e, E = _energies(gt, pred)
     if not E:
         raise ValueError('the ground truth is zero everywhere: no metric is defined for it')
     if not (maxval > 0 and math.isfinite(maxval)):
@@ -167,22 +172,19 @@ def _adds7(x, step, a, b):
 
 # %% ../../nbs/35_network.metrics.ipynb #11b0d1f3
 def _ssim_block(rows, w, dtype, maxval):
-    """`f(gt, pred)`: SSIM [rows, w-6] of all windows in rows+6 rows of `w` pixels, given as lines.
-    The result is overwritten by the next call."""
+    "`f(gt, pred)`: SSIM of all windows in rows+6 rows of `w` pixels, given as lines: for each row its sum over w-6."
     size = (rows + 6) * w
     X, A, B = torch.empty((3, 4, -(-size // 16) * 16), dtype=getattr(torch, dtype.name)).numpy()[..., :size]
     down, S = _adds7(X, w, A, B)
     right, S = _adds7(S, 1, A, X)
     n = S.shape[1]
-    (uv, squares), (U, Q), plus, minus = (X[:2], X[2:]), (S[:2], S[2:]), S[::2], S[1::2]
-    top, bottom, out = A[:2, :n], B[:2, :n], A[0].reshape(rows + 6, w)[:rows, : w - 6]
-    D, power = math.frexp(maxval)  # maxval = D*2^power
-    c1, c2, unit = 2 * 49**2 * (0.01 * D) ** 2, 2 * 48 * 49 * (0.03 * D) ** 2, dtype.type(2.0**-power)
+    (uv, squares), (U, Q), top, bottom = (X[:2], X[2:]), (S[:2], S[2:]), A[:2, :n], B[:2, :n]
+    factors = A[:2].reshape(2, rows + 6, w)[:, :rows, : w - 6]
+    c1, c2 = 2 * 49**2 * (0.01 * maxval) ** 2, 2 * 48 * 49 * (0.03 * maxval) ** 2
 
     def block(gt, pred):
         np.add(gt, pred, uv[0])
         np.subtract(gt, pred, uv[1])
-        np.multiply(uv, unit, uv)
         np.square(uv, squares)
         for args in down + right:
             np.add(*args)
@@ -191,12 +193,11 @@ def _ssim_block(rows, w, dtype, maxval):
         np.subtract(Q, U, Q)
         np.add(U[0], c1, U[0])
         np.add(Q[0], c2, Q[0])
-        np.subtract(plus, minus, top)
-        np.add(plus, minus, bottom)
-        np.multiply(top[0], top[1], top[0])
-        np.multiply(bottom[0], bottom[1], bottom[0])
-        np.divide(top[0], bottom[0], top[0])
-        return out
+        for i, (plus, minus) in enumerate((U, Q)):
+            np.subtract(plus, minus, top[i])
+            np.add(plus, minus, bottom[i])
+        np.divide(top, bottom, top)
+        return _row_sums(*factors)
 
     return block
 
@@ -205,13 +206,16 @@ def _ssim(gt, pred, maxval):
     if torch.is_tensor(gt):
         return float(torch.cat([ssim_slices(*pair, maxval) for pair in zip(pred.split(4), gt.split(4))]).mean())
     h, w = gt.shape[1:]
+    if gt.dtype == np.float64:  # may be too small or too large to square
+        maxval, power = math.frexp(maxval)  # maxval*2^power
+        gt, pred = np.ldexp(gt, -power), np.ldexp(pred, -power)
     rows = -(-(h - 6) // math.ceil((h - 6) * w / 24_000))  # blocks of equal height, about 24,000 windows each
     block, total = _ssim_block(rows, w, gt.dtype, maxval), 0.0
     for x, y in zip(gt, pred):
         for r in range(0, h - 6, rows):
             start = min(r, h - 6 - rows)  # the last block reaches back over the one before it
             lines = slice(start, start + rows + 6)
-            total += float(block(x[lines].reshape(-1), y[lines].reshape(-1))[r - start :].sum(0).sum(dtype=np.float64))
+            total += float(block(x[lines].reshape(-1), y[lines].reshape(-1))[r - start :].sum(dtype=np.float64))
     return total / (len(gt) * (h - 6) * (w - 6))
 
 # %% ../../nbs/35_network.metrics.ipynb #68c1bfc7
