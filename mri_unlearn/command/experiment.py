@@ -179,7 +179,7 @@ def add_reuse(
     kept += 'what is trained is put there; only for the very same scans, settings, seed, program and device'
     p.add_argument('--reuse', type=file_name, metavar='DIR', help=kept)
 
-
+# %% ../../nbs/93_command.experiment.ipynb #95507182
 def add_protocol(
     commands,  # what `argparse` returns for subcommands
 ):

@@ -28,7 +28,7 @@ def _copies(folder):
     if any(read_json(path).get('kept') for path in configs):
         say('copies of its networks lie in the folder that was named with --reuse: purge that one, too')
 
-
+# %% ../../nbs/93b_command.purge.ipynb #eaa81946
 def purge(
     args,  # parsed options
 ):

@@ -96,7 +96,7 @@ def copy_network(
     file = other.model(theirs)
     with atomic_path(run.model(stage)) as path:
         shutil.copyfile(file, path)
-        if file_digest(path) != other.files(theirs).get(file.relative_to(other.out).as_posix()):
+        if other.files(theirs).get(file.relative_to(other.out).as_posix()) not in (None, file_digest(path)):
             raise DataError(f'{file}: has changed while it was copied; start again')
     run.finish(stage, [run.model(stage)], **other.read(theirs) | about)
     run.state(stage).unlink(missing_ok=True)  # of a training that was begun here

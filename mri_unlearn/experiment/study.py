@@ -82,6 +82,13 @@ def _all_known(begun):
     return known
 
 
+def _make_ready(arms, show):
+    "Write what the stages need besides the volumes, and take the networks that are kept"
+    for arm in arms:
+        arm.write_data(show)
+    take_kept(arms)
+
+
 def _kept_for(reuse, out, veil, **shared):
     "What makes the kept networks of a run of this study, by its threads"
     kept_networks(reuse, out, veil, write=False, **shared)  # complain before anything is written
@@ -165,10 +172,7 @@ def run_requests(
         volumes = load_volumes(out, chosen, None, show) if volumes is None else volumes
         plans = plan_requests(file, lines, chosen, volumes, veil)
         begun = [_begin(out, preset, plan, data, kept_for) for plan in plans if plan.splits is not None]
-        for arm in (arm for b in begun for arm in b.arms):
-            arm.write_data(show)
-        for b in begun:
-            take_kept(b.arms)
+        _make_ready([arm for b in begun for arm in b.arms], show)
         with Progress(sum(_work_ahead(begun)), show) as progress:
             for b in begun:
                 _finish(b, _all_known(begun), at_once, devices, progress, **people)

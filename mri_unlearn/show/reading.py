@@ -184,7 +184,8 @@ def reused_text(
     named = ', '.join(f'{stage} ({key})' for stage, key in reused.items())
     return (
         f'Not trained in this run, but taken from networks that earlier runs have trained on the same scans in the '
-        f'same way: {named}. Their seconds are those of that training, which this run did not spend.'
+        f'same way: {named}. Their seconds, with which others are compared, are those of that training; this run did '
+        'not spend them.'
     )
 
 # %% ../../nbs/68_show.reading.ipynb #f1621ac2
