@@ -7,6 +7,7 @@ __all__ = ['Resume']
 
 # %% ../../nbs/41_network.resume.ipynb #1f16b2f3
 import time
+from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -14,10 +15,11 @@ import torch
 from fastai.callback.core import Callback, CancelEpochException
 
 from ..machinery.disk import DataError, atomic_path
+from ..machinery.ranks import of_first, place_of_rank
 from .learner import ProgressBar
 
 # %% ../../nbs/41_network.resume.ipynb #97f1e521
-_STATE = {'epoch', 'model', 'losses', 'state', 'hypers', 'work'}  # what the file of a state holds
+_STATE = {'epoch', 'batch', 'model', 'losses', 'state', 'hypers', 'work', 'steps', 'smooth', 'random', 'about'}
 
 
 def _read_state(path):
@@ -36,42 +38,112 @@ def _read_state(path):
     return state
 
 
-def _write_state(path, learn, losses):
-    "The state of a training after an epoch: plain numbers and tensors, so that it can be read safely"
-    meter, opt = getattr(learn, 'work_meter', None), learn.opt.state_dict()
+def _random():
+    "Where the generators of torch stand"
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _set_random(states):
+    "Let the generators of torch go on from there"
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.device_count() == len(states) - 1:
+        torch.cuda.set_rng_state_all(states[1:])
+
+# %% ../../nbs/41_network.resume.ipynb #dc09a6c0
+def _work(learn):
+    "Slices and seconds on the meter, those of the running epoch as well"
+    meter = getattr(learn, 'work_meter', None)
+    if meter is None:
+        return 0, 0.0
+    return meter.slices, meter.seconds + (time.perf_counter() - meter.start if learn.training else 0.0)
+
+
+def _write_state(path, learn, epoch, batch, losses, about):
+    "The state of a training before a batch of an epoch: plain numbers and tensors, so that it can be read safely"
+    opt, smooth = learn.opt.state_dict(), learn.recorder.smooth_loss
     plain = [{k: v if isinstance(v, bool) else float(v) for k, v in h.items()} for h in opt['hypers']]
     state = dict(
-        epoch=learn.epoch + 1,
+        epoch=epoch,
+        batch=batch,
         model=learn.model.state_dict(),
         losses=losses,
         state=list(opt['state']),
         hypers=plain,
-        work=(meter.slices, meter.seconds) if meter else (0, 0.0),
+        work=_work(learn),
+        steps=(learn.train_iter, float(learn.pct_train)),
+        smooth=(smooth.count, torch.as_tensor(smooth.val)),
+        random=_random(),
+        about=about,
     )
     with atomic_path(path) as tmp:
         torch.save(state, tmp)
 
 # %% ../../nbs/41_network.resume.ipynb #c00c6317
-class Resume(Callback):
-    "Keeps the state of a training after an epoch, and goes on from a state that it finds"
+class _Kept(Callback):
+    "When a state is written"
 
-    order = ProgressBar.order + 1  # once an epoch is over for everybody else
+    order = ProgressBar.order + 1  # once a batch or an epoch is over for everybody else
 
     def __init__(
         self,
         path,  # file of the state
         every: float = 60,  # seconds between two states, at least
+        about: dict = None,  # what the training is of, by name: words and numbers; a state of another one is refused
     ):
-        self.path, self.every = Path(path), every
+        self.path, self.every, self.about = Path(path), every, about or {}
+
+    def _keep(self, epoch, batch):
+        "Write a state, unless the last one is young, or writing would take more than a twentieth of the time"
+        now = time.perf_counter()
+        if place_of_rank()[0] or now - self.saved < (max(self.every, 20 * self.cost) if self.every else 0):
+            return
+        if any(p.grad is not None and p.grad.any() for p in self.model.parameters()):
+            return  # in the middle of a step
+        if hasattr(self.learn, 'stay_finite'):
+            self.learn.stay_finite.look()
+        _write_state(self.path, self.learn, epoch, batch, self.losses, self.about)
+        self.saved = time.perf_counter()
+        self.cost = self.saved - now
+
+    def after_batch(self):
+        if self.training and self.iter + 1 < self.n_iter:
+            self._keep(self.epoch, self.iter + 1)
+
+    def after_epoch(self):
+        if self.epoch >= self.start:
+            self.losses.append(float(self.recorder.values[-1][0]))
+            if self.epoch + 1 < self.n_epoch:
+                self._keep(self.epoch + 1, 0)
+
+    def finish(self):
+        if not place_of_rank()[0]:
+            self.path.unlink(missing_ok=True)  # for the caller, once the weights are safe
+
+# %% ../../nbs/41_network.resume.ipynb #22516fdd
+class Resume(_Kept):
+    """Keeps the state of a training while it runs, within an epoch as well, and goes on from a state that it finds
+
+    Raises `DataError` for a state that is damaged, and for one of another training."""
+
+    def _found(self):
+        "The state that is there; None: none is"
+        state = of_first(lambda: _read_state(self.path) if self.path.is_file() else None)
+        for name, now in self.about.items() if state else ():
+            if (was := state['about'].get(name)) != now:
+                raise DataError(
+                    f'{self.path}: is the state of a training with another {name} ({was!r}, now {now!r}); '
+                    'ask for the same, or delete it to train from the beginning'
+                )
+        return state
 
     def before_fit(self):
-        self.start, self.losses, self.saved = 0, [], time.perf_counter()
-        if not self.path.is_file():
+        self.start, self.batch, self.losses, self.cost, self.saved = 0, 0, [], 0.0, time.perf_counter()
+        self.state = state = self._found()
+        if state is None:
             return
-        state = _read_state(self.path)
-        self.model.load_state_dict(state['model'])
-        self.opt.load_state_dict(dict(state=state['state'], hypers=state['hypers']))
-        self.start, self.losses = state['epoch'], state['losses']
+        self.model.load_state_dict(state.pop('model'))
+        self.opt.load_state_dict(dict(state=state.pop('state'), hypers=state['hypers']))
+        self.start, self.batch, self.losses = state['epoch'], state['batch'], state['losses']
         self.dls.train.epoch = self.start - 1
         if hasattr(self.learn, 'work_meter'):
             self.learn.work_meter.slices, self.learn.work_meter.seconds = state['work']
@@ -79,14 +151,22 @@ class Resume(Callback):
     def before_epoch(self):
         if self.epoch < self.start:
             raise CancelEpochException
+        state, self.state = self.state, None
+        if state:
+            self.learn.train_iter, (smooth, dl) = state['steps'][0], (self.recorder.smooth_loss, self.dls.train)
+            smooth.count, smooth.val = state['smooth']
+            self.done, again = state['steps'][1], partial(_set_random, state['random'])
+            dl.skip, dl.begin = self.batch, again if self.batch else None  # a loader draws a number when it begins
+            if not self.batch:
+                again()
 
-    def after_epoch(self):
-        if self.epoch < self.start:
-            return
-        self.losses.append(float(self.recorder.values[-1][0]))
-        if time.perf_counter() - self.saved >= self.every and self.epoch + 1 < self.n_epoch:
-            _write_state(self.path, self.learn, self.losses)
-            self.saved = time.perf_counter()
+    def before_train(self):
+        if self.epoch == self.start and self.batch:
+            self.learn.pct_train = self.done
 
-    def finish(self):
-        self.path.unlink(missing_ok=True)  # for the caller, once the weights are safe
+    def before_batch(self):
+        if self.training and self.epoch == self.start:
+            self.learn.iter += self.batch
+
+    def after_train(self):
+        self.dls.train.skip = 0
