@@ -7,6 +7,7 @@ __all__ = ['PATIENCE', 'launched', 'place_of_rank', 'device_of_rank', 'ranks_tog
            'whole_batch']
 
 # %% ../../nbs/07a_machinery.ranks.ipynb #787fb890
+import atexit
 import os
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,7 @@ PATIENCE = timedelta(
     hours=3
 )  # for the first rank, while the others wait for what it reads; a launcher ends them sooner
 _HERE = dict(rank=0, world=1, device=None)  # of this process, within `ranks_together`
+_GROUP = []  # the group that ends with this process
 
 
 def launched() -> int:  # 1 without a launcher
@@ -75,10 +77,17 @@ def ranks_together(
         return
     state = _begin(device)
     _HERE.update(rank=state.process_index, world=state.num_processes, device=state.device)
-    yield state.device  # after an error the group is left as it is: to end it could mean to wait for the others
-    _HERE.update(rank=0, world=1, device=None)
-    state.destroy_process_group()
-    state._reset_state()
+    try:
+        yield state.device
+        if not _GROUP:  # once, and not after an error: to end the group could mean to wait for the others
+            atexit.register(state.destroy_process_group)
+            _GROUP.append(state)
+    except BaseException:
+        for begun in _GROUP:
+            atexit.unregister(begun.destroy_process_group)
+        raise
+    finally:
+        _HERE.update(rank=0, world=1, device=None)
 
 # %% ../../nbs/07a_machinery.ranks.ipynb #689d1e91
 def of_first(
