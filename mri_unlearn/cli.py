@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/95_cli.ipynb #711c6712
-FASTAI = re.compile(r'^Exception occured in `\w+` when calling event `\w+`: ')  # what fastai puts in front of ours
+FASTAI = re.compile(r'^Exception occured in `\w+` when calling event `\w+`:\s+')  # what fastai puts in front of ours
 MEMORY = re.compile('out of memory|can.t allocate memory|Cannot allocate memory|[Uu]nable to allocate')
 
 
