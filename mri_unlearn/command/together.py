@@ -7,6 +7,7 @@ __all__ = ['TOGETHER', 'launch', 'do_together', 'bar_of', 'state_beside', 'of_tr
 
 # %% ../../nbs/90b_command.together.ipynb #dfc8d0d7
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def state_beside(
     return Path(f'{out}.state')
 
 
-_NO_MATTER = 'command do debug device workers data out state_every no_cache unchecked strict'.split()  # for the weights
+_NO_MATTER = (
+    'command do given debug device workers data out state_every no_cache unchecked strict'.split()
+)  # for the weights
 
 
 def of_training(
@@ -68,7 +71,9 @@ def of_training(
     "What a training is of: its options and its scans; a state of another one is not gone on from"
     options = {k: v for k, v in vars(args).items() if k not in _NO_MATTER and v is not None}
     scans = hashlib.sha256(rows[['fname', 'slices']].to_json(orient='values').encode()).hexdigest()[:16]
-    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in options.items()}
+    plain = {
+        k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v, sort_keys=True) for k, v in options.items()
+    }
     return plain | dict(scans=scans)
 
 
