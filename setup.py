@@ -9,6 +9,7 @@ here = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=['='])
 config.read(here / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
+extras = 'images', 'real', 'networks', 'pack', 'distributed', 'dev'
 readme = here / 'README.md'
 
 setup(
@@ -26,7 +27,7 @@ setup(
     include_package_data=True,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('images', 'real', 'networks', 'dev')},
+    extras_require={name: cfg[f'{name}_requirements'].split() for name in extras},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f'{cfg["lib_name"]}={cfg["lib_path"]}._modidx:d'],

@@ -15,6 +15,7 @@ from .machinery.ranges import *
 from .machinery.text import *
 from .machinery.disk import *
 from .machinery.workers import *
+from .machinery.ranks import *
 from .machinery.query import *
 from .machinery.private import *
 
@@ -68,8 +69,8 @@ from .network.optimizer import *
 from .network.finite import *
 from .network.learner import *
 from .network.adapter import *
+from .network.spread import *
 from .network.resume import *
-from .network.adapter import *
 from .network.parts import *
 from .network.fresh import *
 from .network.patches import *

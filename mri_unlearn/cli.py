@@ -7,10 +7,12 @@ __all__ = ['EXAMPLES', 'FASTAI', 'MEMORY', 'build_parser', 'in_one_line', 'one_l
 
 # %% ../nbs/95_cli.ipynb #1c849ec2
 import argparse
+import contextlib
 import errno
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from . import __version__
 from .command import data, experiment, networks, pack, purge, request
 from .command.options import OptionParser
+from .command.together import do_together, launch
 from .machinery.text import printable
 
 # %% ../nbs/95_cli.ipynb #e771191b
@@ -53,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/95_cli.ipynb #711c6712
-FASTAI = re.compile(r'^Exception occured in `\w+` when calling event `\w+`: ')  # what fastai puts in front of ours
+FASTAI = re.compile(r'^Exception occured in `\w+` when calling event `\w+`:\s+')  # what fastai puts in front of ours
 MEMORY = re.compile('out of memory|can.t allocate memory|Cannot allocate memory|[Uu]nable to allocate')
 
 
@@ -127,10 +130,47 @@ def _failed(error):
     reason = _unprinted()
     if isinstance(error, OSError) and 'print(' in traceback.extract_tb(error.__traceback__)[-1].line:
         return _not_taken(reason or os.strerror(error.errno))  # a full disk, or a reader who went away
-    print(f'error: {one_line(error)}', file=sys.stderr)
+    rank, world = launch()
+    if rank:  # where all failed alike, the first has said so, and this one is ended before it can
+        time.sleep(2)
+    print(f'error{f", process {rank + 1} of {world}" if rank else ""}: {one_line(error)}', file=sys.stderr)
     return 1
 
+
+@contextlib.contextmanager
+def _first_speaks():
+    "Of several processes only the first prints; errors are said by whoever has them"
+    if not launch()[0]:
+        yield
+        return
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _end_all(status):
+    "End this process at once, so that the launcher ends the others; what the group would wait for never comes"
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
 # %% ../nbs/95_cli.ipynb #74f4085d
+def _parsed(argv):
+    "Options; wrong ones are said once"
+    try:
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere if launch()[0] else sys.stderr):
+            return build_parser().parse_args(argv)
+    except SystemExit:
+        _unprinted()  # the help, to a reader who went away
+        raise
+
+
+def _done(args):
+    "Do a command; its exit status"
+    with warnings.catch_warnings(), _first_speaks():
+        warnings.showwarning = (lambda *_, **__: None) if launch()[0] else _warner()
+        return do_together(args)
+
+
 def main(
     argv=None,  # list of words; None: those of the process
 ) -> (
@@ -138,23 +178,20 @@ def main(
 ):  # exit status: 0 done, 1 bad input or failure, 2 wrong options, 130 interrupted; `check`: 3, 4; `request`: 3, 4, 5
     "Run the command. With --debug an exception passes through."
     _show_all_letters()
+    args = _parsed(argv)
     try:
-        args = build_parser().parse_args(argv)
-    except SystemExit:
-        _unprinted()  # the help, to a reader who went away
-        raise
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warner()
-            status = args.do(args)
+        status = _done(args)
     except KeyboardInterrupt:
-        goes_on = 'a protocol run goes on from its last finished stage when it is started again'
+        goes_on = 'train goes on from its last state, a protocol run from its last finished stage, when started again'
         print(f'\ninterrupted; {goes_on}', file=sys.stderr)
         return 130
     except Exception as e:
-        if args.debug:
+        alone = launch()[1] == 1
+        if args.debug and alone:
             raise
-        return _failed(e)
+        if args.debug:
+            traceback.print_exc()
+        return _failed(e) if alone else _end_all(_failed(e))
     reason = _unprinted()
     return _not_taken(reason) if reason else status or 0
 

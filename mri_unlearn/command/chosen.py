@@ -36,13 +36,14 @@ def add_device(
 def device_of(
     args,  # parsed options of `add_device`
 ):  # torch.device; None: fastai's default
-    "The device that was asked for; raises `DataError` where it is not there"
+    "The device that was asked for, or that of one of several processes; raises `DataError` where it is not there"
     import torch
 
     from mri_unlearn.machinery.disk import DataError
+    from mri_unlearn.machinery.ranks import device_of_rank
 
-    if args.device is None:
-        return None
+    if args.device is None or device_of_rank():
+        return device_of_rank()
     device, cards = torch.device(args.device), torch.cuda.device_count()
     there = ['cpu', *(f'cuda:{i}' for i in range(cards)), *(['mps'] if torch.backends.mps.is_available() else [])]
     if device.type == 'cuda' and device.index is None and cards:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OURS', 'READING', 'PEOPLE', 'JOBS', 'PRINTED', 'protocol_settings', 'study', 'exposed', 'protocol',
-           'add_people', 'add_methods', 'add_reuse', 'add_protocol', 'tune', 'report', 'add_commands']
+           'add_pool', 'add_people', 'add_methods', 'add_reuse', 'add_protocol', 'tune', 'report', 'add_commands']
 
 # %% ../../nbs/93_command.experiment.ipynb #ca5b6b0f
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .chosen import add_names
+from .chosen import add_names, device_name
 from mri_unlearn.command.options import (
     QUERY,
     add_command,
@@ -110,7 +110,7 @@ def protocol(
         raise DataError(f'--{given[0].replace("_", "-")} goes with --data DIR; simulated data need none')
     settings = (
         protocol_settings(args)
-        | dict(jobs=args.jobs, reuse=args.reuse)
+        | dict(jobs=args.jobs, devices=args.devices, reuse=args.reuse)
         | {name: getattr(args, name) for name in READING}
     )
     settings |= {name: getattr(args, name) for name in PEOPLE if not (args.dry_run and name == 'forgotten_pictures')}
@@ -127,6 +127,16 @@ def protocol(
     say(f'Report: {out / "report.html"}')
     for _, why in read_json(out / 'config.json')['data'].get('skipped', []):
         say(f'left out: {why}', sys.stderr)
+
+# %% ../../nbs/93_command.experiment.ipynb #9f1e1b5b
+def add_pool(
+    p,  # parser of a command that trains independent networks
+):
+    "Options that say how many networks are at work, and where"
+    at_a_time = 'networks that are trained at a time; default: one a core or device named, or one where there is a GPU'
+    p.add_argument('--jobs', type=JOBS, metavar='N', help=at_a_time)
+    where = 'devices that they are spread over, one process on each, such as cuda:0 cuda:1; default: what torch finds'
+    p.add_argument('--devices', nargs='+', type=device_name, metavar='NAME', help=where)
 
 # %% ../../nbs/93_command.experiment.ipynb #ae18a034
 def add_people(
@@ -208,8 +218,7 @@ def add_protocol(
     p.add_argument('--seed', type=SEED, help='of data, splits and networks')
     p.add_argument('--epochs', type=COUNT, help='of Original and Oracles')
     p.add_argument('--oracle-seeds', type=COUNT, help='how many Oracles')
-    at_a_time = 'networks that are trained at a time; default: one a core, or one where there is a GPU'
-    p.add_argument('--jobs', type=JOBS, metavar='N', help=at_a_time)
+    add_pool(p)
     add_reuse(p)
     add_methods(p)
 
@@ -226,7 +235,8 @@ def tune(
     given = dict(epochs=args.epochs, model=args.model, fraction=args.retain_fraction)
     settings = {k: v for k, v in given.items() if v is not None}
     must_be_folder(args.out, **OURS)
-    table = tune(args.out, args.preset, args.methods, args.seed, jobs=args.jobs, reuse=args.reuse, **settings)
+    pool = dict(jobs=args.jobs, devices=args.devices, reuse=args.reuse)
+    table = tune(args.out, args.preset, args.methods, args.seed, **pool, **settings)
     best = table.groupby('method').head(1).sort_values('distance_db')
     print(table_text(best[PRINTED].round(2)))
     out = Path(args.out)
@@ -262,7 +272,7 @@ def add_commands(
     p.add_argument('--methods', nargs='+', help='default: all that have trials')
     p.add_argument('--epochs', type=COUNT, help='of Original and Oracles')
     p.add_argument('--retain-fraction', type=float, help='share of the retain set')
-    p.add_argument('--jobs', type=JOBS, metavar='N', help='networks at a time')
+    add_pool(p)
     add_reuse(p)
     p = add_command(commands, 'report', report, 'report runs/small')
     p.add_argument('run', type=file_name, metavar='DIR', help='folder of a run')

@@ -29,6 +29,7 @@ from mri_unlearn.command.options import (
 )
 from .outputs import holds_weights, must_be_writable, record_beside, write_with_record
 from .scoring import add_scoring
+from .together import add_state, bar_of, of_training, state_beside
 from mri_unlearn.experiment.settings import (
     DEPTH,
     SETTING_KINDS,
@@ -76,29 +77,34 @@ def train(
     from mri_unlearn.data.loaders import recon_dls
     from mri_unlearn.data.request import ForgetRequest
     from mri_unlearn.machinery.disk import DataError
+    from mri_unlearn.machinery.ranks import of_first
     from mri_unlearn.network.adapter import check_foreign
-    from mri_unlearn.network.learner import ProgressBar, SkipValidation, recon_learner
+    from mri_unlearn.network.learner import SkipValidation, recon_learner
     from mri_unlearn.network.lightning import save_network
+    from mri_unlearn.network.resume import Resume
+    from mri_unlearn.network.spread import InStep, spread
     from mri_unlearn.network.weights import input_of
 
-    must_be_writable(args.out, args.data, holds_weights)
+    of_first(must_be_writable, args.out, args.data, holds_weights)
     device = device_of(args)
-    model, index = new_model(args), to_learn_from(args)
+    model, index = new_model(args), of_first(to_learn_from, args)
     rows = training_volumes(index, args.division)
     if args.only:
         rows = rows[ForgetRequest(args.only).select(rows)]
     if not len(rows):
         raise DataError(f'{args.data}: no volumes are left to train on; some patients are held back for testing')
-    must_be_writable(args.out, index.path)
+    of_first(must_be_writable, args.out, index.path)
     reading = dict(bs=args.batch_size, seed=args.seed, num_workers=args.workers, device=device)
     dls = recon_dls(rows, rows.head(1), mask_of(args), input=input_of(model), **reading)
     check_foreign(model, dls)
-    cbs = [SkipValidation(), ProgressBar(f'train on {len(rows)} volumes')]
+    cbs = [SkipValidation(), bar_of(f'train on {len(rows)} volumes'), InStep()]
     cbs += [GradientClip(args.clip)] if args.clip else []
-    learn = recon_learner(dls, model, loss=args.loss, cbs=cbs)
-    with learn.no_bar(), learn.no_logging():
+    resume = Resume(state_beside(args.out), args.state_every, of_training(args, rows))
+    learn = recon_learner(dls, model, loss=args.loss, cbs=cbs + [resume] * (args.state_every > 0))
+    with learn.no_bar(), learn.no_logging(), spread(learn.model):
         {'one_cycle': learn.fit_one_cycle, 'constant': learn.fit}[args.schedule](args.epochs, args.lr)
-    save_network(learn.model, args.out)
+    of_first(save_network, learn.model, args.out)
+    resume.finish()
     say(f'trained on {len(rows)} of {len(index)} volumes, {len(dls.train_ds)} slices; weights in {args.out}')
 
 # %% ../../nbs/92_command.networks.ipynb #e7bae0a1
@@ -148,17 +154,18 @@ def asked(
 ) -> tuple:  # (Learner, volumes with their column `split`, further arguments of `unlearn.core.unlearn`)
     "What is asked for; raises `DataError` before anything is read where the settings or names of files cannot be"
     from mri_unlearn.data.loaders import recon_dls
+    from mri_unlearn.machinery.ranks import of_first
     from mri_unlearn.network.learner import recon_learner
     from mri_unlearn.network.lineage import kept_out
     from mri_unlearn.network.weights import input_of
 
     settings, device = settings_of(args), device_of(args)
     read = [args.model, *args.data, *([args.method_settings] if args.method_settings else [])]
-    record_beside(args.out, read)
-    must_be_writable(args.out, read, holds_weights)
+    of_first(record_beside, args.out, read)
+    of_first(must_be_writable, args.out, read, holds_weights)
     net = network_of(args, args.model)
-    splits = kept_out(net, splits_of(args))
-    must_be_writable(args.out, splits.path)
+    splits = of_first(lambda: kept_out(net, splits_of(args)))
+    of_first(must_be_writable, args.out, splits.path)
     rows = splits[splits.split.str.endswith('train')]
     reading = dict(seed=args.seed, num_workers=args.workers, input=input_of(net), device=device)
     learn = recon_learner(recon_dls(rows, rows.head(1), mask_of(args), **reading), net, loss=args.loss)
@@ -216,30 +223,40 @@ def without_names(
     return record | dict(request=request, volumes=volumes, network=veil.text(record['network']), key=veil.key)
 
 # %% ../../nbs/92_command.networks.ipynb #6bebbb65
+def _write(done, record, splits, args):
+    "Weights and, beside them, the record; by one process. The record without names, and where it is"
+    from mri_unlearn.audit.job import record_veil
+    from mri_unlearn.network.lineage import sign_lineage
+
+    record = without_names(record, splits, args)
+    sign_lineage(done.model, record_veil(args.key))
+    return record, write_with_record(done.model, args.out, record, like=args.model)
+
+
 def unlearn(
     args,  # parsed options
 ):
     "make a trained network forget what a request names"
-    from mri_unlearn.audit.job import record_veil
     from mri_unlearn.data.request import ForgetRequest
     from mri_unlearn.experiment.outlook import record_of, what_was_done
-    from mri_unlearn.network.learner import ProgressBar, WorkMeter
-    from mri_unlearn.network.lineage import sign_lineage
+    from mri_unlearn.machinery.ranks import of_first
+    from mri_unlearn.network.learner import WorkMeter
+    from mri_unlearn.network.spread import InStep, in_step, spread
     from mri_unlearn.unlearn.core import unlearn
 
     if args.dry_run:
         return say(look_ahead(args))
     learn, splits, work = asked(args)
     rows, held_out = sides(splits)
-    bar, meter = ProgressBar(f'{args.method}, retain fraction {args.retain_fraction:g}'), WorkMeter()
-    done = unlearn(learn, rows, cbs=[bar, meter], held_out=held_out, **work)
+    cbs = [bar_of(f'{args.method}, retain fraction {args.retain_fraction:g}'), WorkMeter(), InStep()]
+    with spread(learn.model):
+        done = unlearn(learn, rows, cbs=cbs, held_out=held_out, **work)
+        in_step(done.model)
     request = ForgetRequest(args.forget, args.reason, allow_mixed=args.allow_mixed)
     about = {k: getattr(args, k) for k in ('mask', 'acceleration', 'center_fraction', 'loss')}
     about |= dict(network=Path(args.model).name)
     about |= {'made_by': {k: getattr(args, k) for k in ('network', *OF_OWN)}} if args.network else {}
-    record = without_names(record_of(done, request, work) | about, splits, args)
-    sign_lineage(done.model, record_veil(args.key))
-    path = write_with_record(done.model, args.out, record, like=args.model)
+    record, path = of_first(_write, done, record_of(done, request, work) | about, splits, args)
     used = done.dls.train_ds.volumes.split.value_counts()
     at_hand = f'{used.get("forget_train", 0)} forget and {used.get("retain_train", 0)} retain volumes at hand'
     say(f'{args.method}: {at_hand}; weights in {args.out}, record in {path}')
@@ -320,6 +337,7 @@ def add_train(
     schedules = SETTING_KINDS['schedule'].known
     p.add_argument('--schedule', default=protocol.schedule, choices=schedules, help='of the learning rate')
     add_clip(p, protocol.clip)
+    add_state(p)
     add_sizes(p)
     add_device(p)
 

@@ -109,25 +109,26 @@ def evaluate(
     from mri_unlearn.data.loaders import ReconDL
     from mri_unlearn.data.slices import INPUTS, SliceDataset
     from mri_unlearn.machinery.disk import write_csv
+    from mri_unlearn.machinery.ranks import of_first
     from mri_unlearn.network.weights import input_of
-    from mri_unlearn.verdict.evaluate import evaluate
+    from mri_unlearn.verdict.evaluate import evaluate_together
 
     _must_go_together(args)
     device, read = device_of(args), [*args.data, *args.model, *(args.oracle or [])]
     if args.out:
-        must_be_writable(args.out, read, holds_columns('volume', 'model', 'psnr'))
-    index = splits_of(args) if args.forget else with_targets(index_of(args)).assign(split='')
+        of_first(must_be_writable, args.out, read, holds_columns('volume', 'model', 'psnr'))
+    index = of_first(lambda: splits_of(args) if args.forget else with_targets(index_of(args)).assign(split=''))
     if args.out:
-        must_be_writable(args.out, index.path)
+        of_first(must_be_writable, args.out, index.path)
     nets, oracles = _named_networks(args)
     if args.zero_filled or not nets:
         nets['zero_filled'] = None
     reading, mask = dict(bs=args.batch_size, num_workers=args.workers, device=device), mask_of(args)
     dls = {kind: ReconDL(SliceDataset(index, mask, input=kind), **reading) for kind in INPUTS}
-    tables = [evaluate(net, dls[input_of(net)], name=name).assign(model=name) for name, net in nets.items()]
+    tables = [evaluate_together(net, dls[input_of(net)], name).assign(model=name) for name, net in nets.items()]
     scores = pd.concat(tables)
     if args.out:
-        write_csv(args.out, scores)
+        of_first(write_csv, args.out, scores)
     means = scores.groupby(['model', 'organ', 'split', 'source'], sort=False)[['nmse', 'psnr', 'ssim']].mean()
     print(table_text(means.round(4).reset_index()))
     if oracles:

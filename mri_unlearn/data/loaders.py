@@ -22,6 +22,7 @@ from .direct import large_pages
 from .request import ForgetRequest
 from .slices import KspaceTransform, ReconTransform, SliceDataset, Targets
 from ..machinery.disk import DataError
+from ..machinery.ranks import place_of_rank, rows_of_rank, whole_batch
 from ..signal.masks import mask_func
 
 # %% ../../nbs/32_data.loaders.ipynb #aa063e49
@@ -65,6 +66,9 @@ def _as_slices(volumes, like):
 class _EpochDL(TfmdDL):
     "The order of an epoch: which slices make a batch, and in which order batches come, from a seed."
 
+    shared, place = True, (0, 1)  # whether several processes deal out each batch; which of them this is
+    skip, begin = 0, None  # batches of the next epoch that are left out; what is called before its first one
+
     def __init__(self, dataset, bs=8, shuffle=False, seed=0, order=None, **kwargs):
         self.dataset, self.size, self.shuffle, self.seed, self.order, self.epoch = dataset, bs, shuffle, seed, order, -1
         super().__init__(dataset, bs=None, shuffle=shuffle, **{**kwargs, 'n': len(self.batches(0))})
@@ -86,13 +90,29 @@ class _EpochDL(TfmdDL):
         if self.shuffle or self.order:
             self.epoch += 1
         self.dataset.epoch = max(self.epoch, 0)
+        self.place = place_of_rank() if self.shared else (0, 1)
         super().before_iter()
 
     def get_idxs(self):
         return [i for batch in self.batches(max(self.epoch, 0)) for i in batch]  # for `Learner.get_preds`
 
+    def _ahead(self):
+        return self.batches(max(self.epoch, 0))[self.skip :]
+
     def sample(self):
-        return self.batches(max(self.epoch, 0))[self.offs :: self.num_workers]  # for one of the workers
+        mine = self._ahead()[self.offs :: self.num_workers]  # for one of the workers
+        return [[batch[i] for i in rows_of_rank(len(batch), self.place)] for batch in mine]
+
+    def __iter__(self):
+        begin, self.begin, sizes = self.begin, None, None
+        for batch in super().__iter__():
+            if begin:
+                begin = begin()
+            if self.place[1] > 1:
+                sizes = sizes or map(len, self._ahead())
+                n = next(sizes)
+                batch = tuple(whole_batch(t, n) for t in batch)
+            yield batch
 
     def one_batch(self):
         return next(iter(self.new(num_workers=0, order=self.order)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROVIDERS', 'ENTRY_POINTS', 'RECOMMENDED', 'METHODS', 'RANGES', 'Method', 'which_counts', 'load_entry_points',
-           'Catalog', 'method', 'find_method', 'kinds_of_settings', 'check_settings']
+           'Catalog', 'method', 'find_method', 'fit_for_ranks', 'kinds_of_settings', 'check_settings']
 
 # %% ../../nbs/43_unlearn.catalog.ipynb #93fe9b69
 import importlib
@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Callable
 
 from ..machinery.disk import DataError
+from ..machinery.ranks import place_of_rank
 from ..machinery.ranges import COUNT, RATE, SEED, WEIGHT, Number, Several, Word, YesNo, must_be
 from ..machinery.text import did_you_mean
 
@@ -30,6 +31,7 @@ class Method:
     make: Callable  # (**settings) -> list of callbacks
     bs: int = None  # slices in its steps, where it wants another number than the comparison's
     share: float = 1.0  # of the budget that its steps take; the rest is for work of its own
+    ranks: bool = None  # whether several processes can share its work; None: those of this package can
 
     @property
     def doc(self):
@@ -126,6 +128,7 @@ def method(
     all_retain: bool = False,  # True: ignores the retain fraction
     bs: int = None,  # slices in a step; None: as `unlearn` is told
     share: float = 1.0,  # of the budget for ordinary steps, above 0 and at most 1
+    ranks: bool = None,  # whether several processes can share its work; None: not known, but of this package they can
 ) -> Callable:  # decorator of a function that returns callbacks
     """Register an unlearning method under the name of the decorated function, which returns fastai callbacks.
 
@@ -139,7 +142,7 @@ def method(
         raise ValueError(f'share must be above 0 and at most 1, and below 1 it needs bs; found share {share}, bs {bs}')
 
     def register(function):
-        METHODS[function.__name__] = Method(function.__name__, data, all_retain, function, bs, share)
+        METHODS[function.__name__] = Method(function.__name__, data, all_retain, function, bs, share, ranks)
         return function
 
     return register
@@ -155,6 +158,19 @@ def find_method(
     raise DataError(
         f'unknown method {name!r:.80}{did_you_mean(str(name), METHODS)}: expected one of {", ".join(METHODS)}{lost}'
     )
+
+# %% ../../nbs/43_unlearn.catalog.ipynb #723a2ee4
+def fit_for_ranks(
+    method: Method,  # of the catalog
+) -> Method:  # the same
+    "Raise `DataError` where several processes work as one and cannot share this method"
+    shared = method.module.startswith('mri_unlearn.') if method.ranks is None else method.ranks
+    if place_of_rank()[1] > 1 and not shared:
+        own = '' if method.ranks is False else '; @method(…, ranks=True) says that it only asks networks for answers'
+        raise DataError(
+            f'{method.name} cannot be shared by several processes: start it in one, without a launcher{own}'
+        )
+    return method
 
 # %% ../../nbs/43_unlearn.catalog.ipynb #5c193d38
 RANGES = (  # of the settings of this package's methods, by their names

@@ -27,7 +27,7 @@ from ..machinery.disk import DataError
 from ..network.adapter import check_foreign
 from ..network.finite import check_rate
 from ..network.learner import SkipValidation, recon_learner
-from .catalog import RECOMMENDED, Method, find_method
+from .catalog import RECOMMENDED, Method, find_method, fit_for_ranks
 from .watch import check_amounts, watched
 from ..network.lineage import forgotten_in, mark_forgotten
 from .pool import check_held_out, split_of, taught_volumes, unlearning_pool
@@ -285,7 +285,7 @@ def unlearn(
     Raises `DataError` for an unknown method, settings that it does not have, an impossible request, or divergence."""
     check_rate(lr)
     check_amounts(rounds, steps, bs)
-    m = find_method(method)
+    m = fit_for_ranks(find_method(method))
     volumes = split_of(learn, what)
     pool = unlearning_pool(learn, volumes, 1.0 if m.all_retain else retain_fraction, seed)
     callbacks = _callbacks(m, seed, settings)

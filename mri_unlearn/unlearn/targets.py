@@ -180,7 +180,7 @@ class EncoderMatch(LossTerm):
         self.net = self.distances = None
 
 # %% ../../nbs/49_unlearn.targets.ipynb #79b18bed
-@method('both')
+@method('both', ranks=False)  # what it listens to inside of a network is of a share of the batch
 def encoder_match(
     alpha: float = 0.2,  # of the forget slices against the retain slices; published: 0.2 (autoencoder), 0.1 (diffusion)
     noise_seed: int = 0,  # of the noise; `unlearn` hands in its own seed
