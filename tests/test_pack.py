@@ -1,5 +1,7 @@
 """`mri_unlearn pack`: the same scans, bit for bit, through all that reads them."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mri_unlearn.cli import main
 from mri_unlearn.data.files import read_item
 from mri_unlearn.data.loaders import ReconDL
 from mri_unlearn.data.slices import SliceDataset
@@ -22,13 +25,23 @@ from mri_unlearn.signal.masks import mask_func
 FILTERS = ['none', 'gzip', *['lz4', 'zstd'] * bool(find_spec('hdf5plugin'))]
 
 
-def command(*words, env=None):
-    "Exit status, output and errors of the command"
+def command(*words):
+    "Exit status, output and errors of the command, in this process"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(word) for word in words])
+    return status, out.getvalue(), err.getvalue()
+
+
+def without_the_extra(folder, *words):
+    "The same in a process in which hdf5plugin cannot be imported"
+    (folder / 'hdf5plugin.py').write_text('raise ImportError("as if it were not installed")')
+    path = os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')])
     done = subprocess.run(
         [sys.executable, '-m', 'mri_unlearn.cli', *map(str, words)],
         capture_output=True,
         text=True,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, 'PYTHONPATH': path},
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -132,7 +145,7 @@ def test_what_it_refuses(scans, tmp_path):
     before = {p: p.read_bytes() for p in files(scans)}
     for out in (scans, scans / 'deeper', scans.parent):  # the last: copies would go where the sources are
         status, _, said = command('pack', scans, '--out', out, '--filter', 'none')
-        assert status == 1 and said.startswith('error: ') and said.count('\n') == 1, said
+        assert status == 1 and 'error: ' in said and 'Choose' in said, said
     assert command('pack', tmp_path / 'nothing', '--out', tmp_path / 'out')[0] == 1
     (tmp_path / 'bad.h5').write_bytes(b'no scan')
     status, _, said = command(
@@ -143,14 +156,10 @@ def test_what_it_refuses(scans, tmp_path):
 
 
 def test_without_the_extra(scans, tmp_path):
-    (tmp_path / 'hdf5plugin.py').write_text('raise ImportError("as if it were not installed")')
-    without = dict(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')]))
     one = files(scans)[0]
-    status, said, errors = command('pack', one, '--out', tmp_path / 'plain', env=without)
+    status, said, errors = without_the_extra(tmp_path, 'pack', one, '--out', tmp_path / 'plain')
     assert status == 0 and 'packed (none)' in said and 'mri_unlearn[pack]' in errors
-    status, _, errors = command('pack', one, '--out', tmp_path / 'lz4', '--filter', 'lz4', env=without)
-    assert status == 1 and 'mri_unlearn[pack]' in errors
     if 'lz4' in FILTERS:
         assert command('pack', one, '--out', tmp_path / 'lz4', '--filter', 'lz4')[0] == 0
-        status, said, errors = command('index', '--data', tmp_path / 'lz4', '--no-cache', env=without)
+        status, said, errors = without_the_extra(tmp_path, 'index', '--data', tmp_path / 'lz4', '--no-cache')
         assert status == 1 and 'filter 32001' in errors and 'mri_unlearn[pack]' in errors

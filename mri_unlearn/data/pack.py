@@ -214,7 +214,7 @@ def _stat(path):
 
 # %% ../../nbs/22a_data.pack.ipynb #fba48ac5
 def _destinations(sources, out):
-    "{file: where its copy goes}, and what cannot be used {path: reason}; folders keep their names: some are for testing"
+    "{file: where its copy goes}, and what cannot be used {path: reason}; folders keep their names: some say test"
     files, odd = _volume_files(sources)
     inside = os.path.realpath(out)
     for source in sources:
