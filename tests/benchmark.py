@@ -22,6 +22,7 @@ from torch.nn.functional import l1_loss
 
 from mri_unlearn.data.header import Header
 from mri_unlearn.data.loaders import ReconDL
+from mri_unlearn.data.pack import pack_file, packing_filter
 from mri_unlearn.data.slices import SliceDataset
 from mri_unlearn.data.volumes import index_volumes
 from mri_unlearn.data.writing import write_volume
@@ -125,8 +126,9 @@ def loader(index, a, workers):
 
 
 def other_ways(index, a):
-    "The same k-space stored otherwise: pairs of rows beside the plain files"
+    "The same k-space stored otherwise, beside the plain file: from numbers on the disk to the image, one process"
     ways = {
+        f'packed ({packing_filter()[0]})': {},
         'one piece (contiguous)': {},
         'gzip, a slice a chunk': dict(compression='gzip', compression_opts=1, shuffle=True, chunks='slice'),
         'gzip, a coil a chunk': dict(compression='gzip', compression_opts=1, shuffle=True, chunks='coil'),
@@ -137,14 +139,19 @@ def other_ways(index, a):
             coils, shape = f['kspace'].shape[1], f['kspace'].shape
         if 'chunks' in options:
             options['chunks'] = (1, coils if options['chunks'] == 'slice' else 1, *shape[-2:])
-        stored_again(index.path[0], root / Path(index.path[0]).name, **options)
+        copy = root / Path(index.path[0]).name
+        if way.startswith('packed'):
+            pack_file(index.path[0], copy)
+        else:
+            stored_again(index.path[0], copy, **options)
         settled()
         one, other = index[:1], index_volumes(root, cache=False)
 
         def h5(path=other.path[0]):
             with h5py.File(path) as f:
+                k = f['kspace'] if 'kspace' in f else f['kspace_lines']
                 for i in range(shape[0]):
-                    f['kspace'][i]
+                    k[i]
 
         p, o, h = seconds(a.repeats, lambda: run(loader(one, a, 0)), lambda: run(loader(other, a, 0)), h5)
         n = shape[0]

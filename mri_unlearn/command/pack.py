@@ -47,7 +47,7 @@ def pack(
         say(f'left out: {why}', sys.stderr)
     return 1 if done.attrs['failed'] else 0
 
-
+# %% ../../nbs/91b_command.pack.ipynb #0a759be5
 def add_pack(
     commands,  # what `argparse` returns for subcommands
 ):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .files import RawSlice, _kspace, _mask, _named, _of_slice, _open, _target, read_item
-from .lines import Lines, all_columns
+from .lines import Lines, with_all_columns
 from ..machinery.disk import DataError
 from ..signal.kspace import check_unit
 from ..signal.masks import check_mask
@@ -95,7 +95,7 @@ class _Scan(NamedTuple):
     def whole(self, rows):
         "Rows of all columns, as a tensor, of rows of those that are stored"
         rows = rows.view(np.complex64)
-        return torch.from_numpy(rows if self.stored is None else all_columns(rows, self.stored))
+        return torch.from_numpy(rows if self.stored is None else with_all_columns(rows, self.stored))
 
 
 def _look(f, path):

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import torch
 
-from .lines import Lines, _parts, _plainly_complex, all_columns
+from .lines import Lines, _parts, _plainly_complex, with_all_columns
 from ..machinery.disk import DataError
 from ..signal.kspace import check_unit
 from ..signal.masks import check_mask, stored_mask
@@ -168,7 +168,7 @@ def _item(ds, shape, path, slice_num, dtype):
         raise DataError(f'{path}: slice {slice_num} asked for, but it holds slices 0 to {shape[0] - 1}.')
     if isinstance(ds, Lines):
         lines = _item(ds.ds, ds.stored_shape, path, slice_num, dtype)
-        return torch.from_numpy(all_columns(lines.numpy(), ds.stored))
+        return torch.from_numpy(with_all_columns(lines.numpy(), ds.stored))
     if ds.dtype != dtype:
         return torch.from_numpy(_read(ds, slice_num, dtype))
     out = np.empty(shape[1:], dtype)  # numpy asks for large pages, which are faster to fill than torch.empty

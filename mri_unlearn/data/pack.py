@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .direct import read_sampled
 from .files import _inside, _kspace, _open
-from .lines import Lines, all_columns
+from .lines import Lines, with_all_columns
 from .meta import read_meta
 from .volumes import _volume_files
 from .writing import _QuietFile
@@ -59,7 +59,7 @@ def _slices(path):
             ds, _ = _kspace(f, path)
             packed = isinstance(ds, Lines)
             k = h5py.Dataset(ds.ds if packed else ds)[s]
-        yield all_columns(k, ds.stored) if packed else k
+        yield with_all_columns(k, ds.stored) if packed else k
 
 
 def measured_columns(
@@ -90,6 +90,19 @@ def _objects(f, path):
     return {name: h5py.File(f)[name] for name in top}
 
 
+def _copy_rest(source, g, ds):
+    "All but the k-space, as it is; `ds`: the new k-space, for the attributes of the old"
+    with _open(source) as f:
+        for name, found in _objects(f, source).items():
+            h5py.File(f).copy(found, g, name)
+        g.attrs.update({k: v for k, v in h5py.File(f).attrs.items() if k != MARK})
+        old = _kspace(f, source)[0]
+        ds.attrs.update(h5py.Dataset(getattr(old, 'ds', old)).attrs)
+
+
+MARK = 'mri_unlearn_packed'  # attribute of a packed file: of what it is a copy, in JSON
+
+# %% ../../nbs/22a_data.pack.ipynb #422098e3
 def _write(source, tmp, options, mark):
     "Write a packed file; disk errors are raised as OSError"
     used = measured_columns(source)
@@ -115,19 +128,6 @@ def _write(source, tmp, options, mark):
                 raise
         if quiet.error:
             raise quiet.error
-
-
-def _copy_rest(source, g, ds):
-    "All but the k-space, as it is; `ds`: the new k-space, for the attributes of the old"
-    with _open(source) as f:
-        for name, found in _objects(f, source).items():
-            h5py.File(f).copy(found, g, name)
-        g.attrs.update({k: v for k, v in h5py.File(f).attrs.items() if k != MARK})
-        old = _kspace(f, source)[0]
-        ds.attrs.update(h5py.Dataset(getattr(old, 'ds', old)).attrs)
-
-
-MARK = 'mri_unlearn_packed'  # attribute of a packed file: of what it is a copy, in JSON
 
 # %% ../../nbs/22a_data.pack.ipynb #567cb926
 def _equal(a, b):
@@ -232,7 +232,7 @@ def _destinations(sources, out):
             )
     return places, odd
 
-
+# %% ../../nbs/22a_data.pack.ipynb #eb9e5906
 def pack_volumes(
     sources,  # list of folders of fastMRI files, or of files
     out,  # folder for the copies: `out`/name of the folder/path of the file in it
