@@ -48,7 +48,7 @@ def _on_cpu(device):
     if name == 'cpu' or not cards:
         return True
     local = int(os.environ.get('LOCAL_RANK', 0))
-    if local >= cards:
+    if local >= cards > 1:  # where there is one, each may have been given another one
         raise DataError(f'process {local + 1} on this machine found {cards} GPUs; start one process a GPU, or take cpu')
     return False
 
