@@ -94,7 +94,7 @@ def _warner():
 
     return show
 
-# %% ../nbs/95_cli.ipynb #54a2d31a
+# %% ../nbs/95_cli.ipynb #8cb5a3e7
 def _show_all_letters():
     "No letter ends a command, whatever the terminal can show"
     for stream in (sys.stdout, sys.stderr):
@@ -122,7 +122,7 @@ def _not_taken(reason):
         print(f'error: standard output: {reason}; it does not hold all results', file=sys.stderr)
     return 1
 
-
+# %% ../nbs/95_cli.ipynb #729c1368
 def _failed(error):
     "Say what went wrong; the exit status"
     for bar in list(getattr(tqdm, '_instances', ())):

@@ -62,12 +62,38 @@ def _as_slices(volumes, like):
         '`learn.get_preds(dl=learn.dls.test_dl(volumes))`, or write their images with `mri_unlearn reconstruct`'
     )
 
-# %% ../../nbs/32_data.loaders.ipynb #904e1acb
-class _EpochDL(TfmdDL):
-    "The order of an epoch: which slices make a batch, and in which order batches come, from a seed."
+# %% ../../nbs/32_data.loaders.ipynb #f04f412e
+class _DealtDL(TfmdDL):
+    "The batches of an epoch, dealt out to workers and to several processes; the first ones may be left out."
 
     shared, place = True, (0, 1)  # whether several processes deal out each batch; which of them this is
     skip, begin = 0, None  # batches of the next epoch that are left out; what is called before its first one
+
+    def before_iter(self):
+        self.place = place_of_rank() if self.shared else (0, 1)
+        super().before_iter()
+
+    def _ahead(self):
+        return self.batches(max(self.epoch, 0))[self.skip :]
+
+    def sample(self):
+        mine = self._ahead()[self.offs :: self.num_workers]  # for one of the workers
+        return [[batch[i] for i in rows_of_rank(len(batch), self.place)] for batch in mine]
+
+    def __iter__(self):
+        begin, self.begin, sizes = self.begin, None, None
+        for batch in super().__iter__():
+            if begin:
+                begin = begin()
+            if self.place[1] > 1:
+                sizes = sizes or map(len, self._ahead())
+                n = next(sizes)
+                batch = tuple(whole_batch(t, n) for t in batch)
+            yield batch
+
+# %% ../../nbs/32_data.loaders.ipynb #904e1acb
+class _EpochDL(_DealtDL):
+    "The order of an epoch: which slices make a batch, and in which order batches come, from a seed."
 
     def __init__(self, dataset, bs=8, shuffle=False, seed=0, order=None, **kwargs):
         self.dataset, self.size, self.shuffle, self.seed, self.order, self.epoch = dataset, bs, shuffle, seed, order, -1
@@ -90,29 +116,10 @@ class _EpochDL(TfmdDL):
         if self.shuffle or self.order:
             self.epoch += 1
         self.dataset.epoch = max(self.epoch, 0)
-        self.place = place_of_rank() if self.shared else (0, 1)
         super().before_iter()
 
     def get_idxs(self):
         return [i for batch in self.batches(max(self.epoch, 0)) for i in batch]  # for `Learner.get_preds`
-
-    def _ahead(self):
-        return self.batches(max(self.epoch, 0))[self.skip :]
-
-    def sample(self):
-        mine = self._ahead()[self.offs :: self.num_workers]  # for one of the workers
-        return [[batch[i] for i in rows_of_rank(len(batch), self.place)] for batch in mine]
-
-    def __iter__(self):
-        begin, self.begin, sizes = self.begin, None, None
-        for batch in super().__iter__():
-            if begin:
-                begin = begin()
-            if self.place[1] > 1:
-                sizes = sizes or map(len, self._ahead())
-                n = next(sizes)
-                batch = tuple(whole_batch(t, n) for t in batch)
-            yield batch
 
     def one_batch(self):
         return next(iter(self.new(num_workers=0, order=self.order)))

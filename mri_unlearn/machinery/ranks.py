@@ -39,7 +39,7 @@ def device_of_rank():  # torch.device; None outside of `ranks_together`
     "Where this process computes"
     return _HERE['device']
 
-# %% ../../nbs/07a_machinery.ranks.ipynb #a5c2f73a
+# %% ../../nbs/07a_machinery.ranks.ipynb #12c5acda
 def _on_cpu(device):
     "Whether ranks compute on processors; raises `DataError` for a device that not all of them can have"
     name, cards = str(device or ''), torch.cuda.device_count()
@@ -48,7 +48,7 @@ def _on_cpu(device):
     if name == 'cpu' or not cards:
         return True
     local = int(os.environ.get('LOCAL_RANK', 0))
-    if local >= cards:
+    if local >= cards > 1:  # where there is one, each may have been given another one
         raise DataError(f'process {local + 1} on this machine found {cards} GPUs; start one process a GPU, or take cpu')
     return False
 
@@ -64,7 +64,7 @@ def _begin(device):
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // beside)))
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
-
+# %% ../../nbs/07a_machinery.ranks.ipynb #e577aa18
 @contextmanager
 def ranks_together(
     device=None,  # 'cpu' or 'cuda'; None: a GPU for each process where there are any

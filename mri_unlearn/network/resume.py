@@ -119,26 +119,27 @@ class _Kept(Callback):
         if not place_of_rank()[0]:
             self.path.unlink(missing_ok=True)  # for the caller, once the weights are safe
 
+# %% ../../nbs/41_network.resume.ipynb #5092d530
+def _found(path, about):
+    "The state that is there; None: none is. Raises `DataError` for one of another training"
+    state = _read_state(path) if path.is_file() else None
+    for name, now in about.items() if state else ():
+        if (was := state['about'].get(name)) != now:
+            raise DataError(
+                f'{path}: is the state of a training with another {name} ({was!r}, now {now!r}); '
+                'ask for the same, or delete it to train from the beginning'
+            )
+    return state
+
 # %% ../../nbs/41_network.resume.ipynb #22516fdd
 class Resume(_Kept):
     """Keeps the state of a training while it runs, within an epoch as well, and goes on from a state that it finds
 
     Raises `DataError` for a state that is damaged, and for one of another training."""
 
-    def _found(self):
-        "The state that is there; None: none is"
-        state = of_first(lambda: _read_state(self.path) if self.path.is_file() else None)
-        for name, now in self.about.items() if state else ():
-            if (was := state['about'].get(name)) != now:
-                raise DataError(
-                    f'{self.path}: is the state of a training with another {name} ({was!r}, now {now!r}); '
-                    'ask for the same, or delete it to train from the beginning'
-                )
-        return state
-
     def before_fit(self):
         self.start, self.batch, self.losses, self.cost, self.saved = 0, 0, [], 0.0, time.perf_counter()
-        self.state = state = self._found()
+        self.state = state = of_first(_found, self.path, self.about)
         if state is None:
             return
         self.model.load_state_dict(state.pop('model'))

@@ -63,7 +63,7 @@ def _give_all(module, args, answer):
         )
     return _Whole.apply(answer, module.asked_for)
 
-# %% ../../nbs/40b_network.spread.ipynb #b3a7f382
+# %% ../../nbs/40b_network.spread.ipynb #60e33fcf
 def _must_be_separable(model):
     "Raise `DataError` for layers whose answer to a slice depends on the others, or that draw at random"
     for name, m in model.named_modules():
@@ -75,7 +75,7 @@ def _must_be_separable(model):
             continue
         raise DataError(f'layer {name!r} ({type(m).__name__}) cannot be spread over processes: {why}; train it in one')
 
-
+# %% ../../nbs/40b_network.spread.ipynb #3cd9c67e
 DRIFT = 1e-3  # largest difference of weights between processes, relative to the largest weight, that may be rounding
 
 
@@ -109,7 +109,7 @@ class InStep(Callback):
     def after_epoch(self):
         in_step(self.model)
 
-
+# %% ../../nbs/40b_network.spread.ipynb #55e88642
 @contextmanager
 def spread(
     model: nn.Module,  # the same network in every rank; gets hooks, which its copies inherit
