@@ -142,10 +142,16 @@ def _memory():
     return large_pages if get_worker_info() is None else _shared
 
 
+def _together(tensors):
+    "One tensor, which takes less to send than several; a list where shapes differ, and of k-space, which is large"
+    same = len({t.shape for t in tensors}) == 1 and not tensors[0].is_complex()
+    return torch.stack(tensors) if same else list(tensors)
+
+
 def _collate(items):
-    "Items of a batch side by side: k-space, masks and targets as lists, the rest as tensors [B]."
+    "Items of a batch side by side: k-space, masks and targets as lists or tensors, the rest as tensors [B]."
     kspaces, masks, low, targets, *rest = zip(*items)
-    return (list(kspaces), list(masks), torch.tensor(low), list(targets), *map(torch.tensor, rest))
+    return (_together(kspaces), _together(masks), torch.tensor(low), _together(targets), *map(torch.tensor, rest))
 
 # %% ../../nbs/32_data.loaders.ipynb #3c251c90
 class _Pictures:
