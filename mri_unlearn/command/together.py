@@ -20,15 +20,16 @@ def warn_of_idle(
     world: int,  # processes
 ):
     "Warn where a step has less slices than there are processes"
-    bs, why = getattr(args, 'batch_size', world), '--batch-size '
+    bs = getattr(args, 'batch_size', world)
+    why = f'--batch-size {bs}'
     if args.command == 'unlearn':
         from mri_unlearn.unlearn.catalog import METHODS
 
         if args.method in METHODS and METHODS[args.method].bs:
-            bs, why = METHODS[args.method].bs, f'{args.method}: slices a step, '
+            bs = METHODS[args.method].bs
+            why = f'{args.method} takes {bs} slices a step'
     if args.command != 'evaluate' and bs < world:
-        busy = f'{why}{bs}: of {world} processes {bs} have work of their own'
-        warnings.warn(f'{busy}; the slices of a step are dealt out, and who has none repeats one')
+        warnings.warn(f'{why}, which are dealt out: of {world} processes only {bs} can be of use')
 
 # %% ../../nbs/90b_command.together.ipynb #9216172f
 TOGETHER = 'train', 'unlearn', 'evaluate'  # commands that several processes can share
