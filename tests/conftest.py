@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 
 # files that take longest: they begin, so that no worker is left alone with one at the end
-LONG = 'methods resume requests request_command identifiers package jobs any_network parity units run_folder'.split()
+LONG = 'reuse methods resume requests request_command identifiers package jobs any_network parity units'.split()
 
 
 def pytest_collection_modifyitems(items):
