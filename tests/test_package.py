@@ -108,3 +108,13 @@ def test_all_gathers_every_part():
     files = (p.relative_to(ROOT / 'mri_unlearn').with_suffix('') for p in (ROOT / 'mri_unlearn').glob('*/*.py'))
     modules = {'.'.join(p.parts) for p in files if p.name != '__init__' and p.parts[0] != 'command'}
     assert gathered == modules
+
+
+def test_no_data_are_among_the_files():
+    "Scans, networks and runs are made by whoever needs them; the largest thing here is a notebook or a picture"
+    from conftest import ROOT, project_files
+
+    found = project_files()
+    assert len(found) > 300
+    assert [str(f) for f in found if (ROOT / f).stat().st_size > 600_000] == []
+    assert [str(f) for f in found if f.suffix in ('.h5', '.pt', '.ckpt', '.safetensors')] == []
